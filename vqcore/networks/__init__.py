@@ -1,0 +1,1 @@
+"""Encoders and decoders that recipes compose around a quantizer."""
