@@ -78,8 +78,10 @@ class Corpus:
     `unit` counts from slice.start; `wanted(unit)` is False for units left out by --limit: they are not decoded."""
     schema: Callable[[Any], pa.Schema]
     """settings -> Arrow fields of the rows, without the platform's own row_id and split."""
-    tensors: Callable[[pa.Table | pa.RecordBatch, Any], dict[str, Tensor]]
-    """Columns as stored -> columns a recipe sees (decodes images stored in their original encoding)."""
+    shapes: Callable[[Any], dict[str, list[int] | None]]
+    """settings -> tensor column a recipe sees -> shape of one row; None where rows differ in shape."""
+    tensors: Callable[[dict[str, Any], Any], dict[str, Tensor]]
+    """Columns as ShardReader.take gives them -> columns a recipe sees (decodes images kept in their encoding)."""
     write_files: Callable[[dict[str, Tensor], list[str], str, Any], None]
     """(columns, file stems, directory URI, settings) -> files people open: what `decode --format files` writes."""
 
