@@ -49,7 +49,7 @@ class Source:
     device: torch.device
 
     def at(self, step: int) -> tuple[Batch, int]:
-        """(batch of a step, number of its rows that were not finite): a function of the step, so resuming needs no state."""
+        """(batch of a step, its rows that were not finite). A function of the step, so resuming needs no state."""
         reduce = resolve(None)
         ordinals, mask = self.rows.at(step, reduce.rank, reduce.world)
         columns, row_ids = read_columns(self.reader, "train", ordinals)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from pipelines.errors import Refused, nearest_names
 
+NOT_TEST = "not test"
+"""A row's split where the data has an official test split but no valid one: train or valid, by the group's hash."""
+
 
 class CorpusSettings(BaseModel):
     """How raw files become rows; all of it is kept in the manifest and in the card of what is trained on it."""
@@ -54,7 +57,7 @@ class Row:
     group: str
     """What the split hashes, so that what belongs together stays together."""
     split: str | None = None
-    """`train`, `valid` or `test` where the data has official splits; they win over the hash."""
+    """`train`, `valid`, `test` or NOT_TEST where the data has official splits; they win over the hash."""
 
 
 @dataclass(frozen=True)
