@@ -139,7 +139,7 @@ class Codebook(nn.Module):
         `sums` is None where the book is learned.
         """
         some = counts.sum() > 0
-        fresh = (1.0 - decay) * some
+        fresh = (1.0 - decay) * some.double()  # bool times float would be float32
         self.step += some
         self.last_counts.copy_(torch.where(some, counts, self.last_counts))
         self.counts.lerp_(counts, fresh)
@@ -187,7 +187,7 @@ class Codebook(nn.Module):
         missing, unexpected, errors = rest
         mismatches = [
             f"{prefix}{name} has shape {tuple(state_dict[prefix + name].shape)} in the state and "
-            f"{tuple(getattr(self, name).shape)} in this codebook of {self.num_codes} codes of {self.code_dim} dimensions"
+            f"{tuple(getattr(self, name).shape)} in this codebook of {self.num_codes} x {self.code_dim}"
             for name in _STATE
             if prefix + name in state_dict and state_dict[prefix + name].shape != getattr(self, name).shape
         ]

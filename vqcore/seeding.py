@@ -7,7 +7,7 @@ that signature; bind options with functools.partial) then turns it into K vector
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -16,6 +16,8 @@ from torch import Tensor
 from vqcore import assign, noise
 from vqcore.codebook import unit
 from vqcore.reduction import Reduction
+
+Metric = Literal["euclidean", "cosine"]
 
 SAMPLE, SPREAD = 1, 2
 """Streams of noise.race: which vectors enter the sample, and which of them become k-means++ centres."""
@@ -33,7 +35,7 @@ class Seeding(Protocol):
     """
 
     def __call__(
-        self, rows: Float[Tensor, "R D"], num_codes: int, *, metric: str, seed: int
+        self, rows: Float[Tensor, "R D"], num_codes: int, *, metric: Metric, seed: int
     ) -> Float[Tensor, "K D"]: ...
 
 
@@ -139,7 +141,7 @@ def share(vectors: Float[Tensor, "K D"], reduce: Reduction) -> Float[Tensor, "K 
     return shared.to(vectors.dtype)
 
 
-def random_rows(rows: Float[Tensor, "R D"], num_codes: int, *, metric: str, seed: int) -> Float[Tensor, "K D"]:
+def random_rows(rows: Float[Tensor, "R D"], num_codes: int, *, metric: Metric, seed: int) -> Float[Tensor, "K D"]:
     """K vectors of the data, drawn uniformly without replacement."""
     del metric, seed  # the sample is in race order already
     return rows[:num_codes]
@@ -147,7 +149,7 @@ def random_rows(rows: Float[Tensor, "R D"], num_codes: int, *, metric: str, seed
 
 @torch.no_grad()
 def kmeans_plus_plus(
-    rows: Float[Tensor, "R D"], num_codes: int, *, metric: str, seed: int, iterations: int = 10
+    rows: Float[Tensor, "R D"], num_codes: int, *, metric: Metric, seed: int, iterations: int = 10
 ) -> Float[Tensor, "K D"]:
     """k-means++ (Arthur and Vassilvitskii 2007) followed by at most `iterations` of Lloyd over the whole sample.
 
@@ -164,7 +166,7 @@ def kmeans_plus_plus(
 
 @torch.no_grad()
 def scaled_spherical(
-    rows: Float[Tensor, "R D"], num_codes: int, *, metric: str, seed: int, iterations: int = 30
+    rows: Float[Tensor, "R D"], num_codes: int, *, metric: Metric, seed: int, iterations: int = 30
 ) -> Float[Tensor, "K D"]:
     """Directions from k-means on x / |x|, each as long as its cluster's mean |x| (CLVQ-VAE's "spherical" start).
 
@@ -215,7 +217,7 @@ def _spread(rows: Tensor, num_codes: int, seed: int) -> Tensor:
     return torch.cat([found, keys[fresh][:left]])
 
 
-def _lloyd(rows: Tensor, centres: Tensor, metric: str, iterations: int) -> tuple[Tensor, Tensor]:
+def _lloyd(rows: Tensor, centres: Tensor, metric: Metric, iterations: int) -> tuple[Tensor, Tensor]:
     """Centres after at most `iterations`, and the code of every row under them."""
     codes = assign.nearest(rows, centres, metric=metric)
     for _ in range(iterations):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64
@@ -15,12 +16,10 @@ from vqcore.estimators import straight_through
 from vqcore.quantizers.contract import Quantized, VectorBatch
 from vqcore.quantizers.rows import Rows, full_precision, keys_of, rows_of
 from vqcore.reduction import Reduction, resolve
-from vqcore.seeding import Offer, Seeding, draw_sample, share
+from vqcore.seeding import Metric, Offer, Seeding, draw_sample, share
 from vqcore.update import Rule, Statistics, update
 
 Estimator = Callable[[Tensor, Tensor], Tensor]
-
-METRICS = ("euclidean", "cosine")
 
 
 @dataclass
@@ -67,7 +66,7 @@ class VectorQuantizer(nn.Module):
         num_codes: int,
         code_dim: int,
         *,
-        metric: str = "euclidean",
+        metric: Metric = "euclidean",
         decay: float | None = 0.99,
         estimator: Estimator = straight_through,
         commitment_weight: float = 0.25,
@@ -299,8 +298,8 @@ def _check(rule: Rule, num_codes: int, code_dim: int, metric: str, commitment_we
     for name, size in (("num_codes", num_codes), ("code_dim", code_dim)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} is {size!r}; it must be a whole number of at least 1")
-    if metric not in METRICS:
-        raise ValueError(f"metric is {metric!r}; it must be one of {', '.join(METRICS)}")
+    if metric not in get_args(Metric):
+        raise ValueError(f"metric is {metric!r}; it must be one of {', '.join(get_args(Metric))}")
     if rule.decay is not None and not 0.0 <= rule.decay < 1.0:
         raise ValueError(f"decay is {rule.decay}; it must lie in [0, 1), or be None to learn the codebook by gradient")
     weights = (("commitment_weight", commitment_weight), ("revive_below", rule.revive_below), ("eps", rule.eps))
