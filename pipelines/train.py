@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 import uuid
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -197,7 +198,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self.error: tuple[str, str] | None = None
+        self.error: str | None = None
 
     def put(self, events: list[Event]) -> None:
         self.events += events
@@ -206,10 +207,10 @@ class Mailbox:
         events, self.events = self.events, []
         return events
 
-    def fail(self, kind: str, text: str) -> None:
-        self.error = self.error or (kind, text)
+    def fail(self, text: str) -> None:
+        self.error = self.error or text
 
-    def failure(self) -> tuple[str, str] | None:
+    def failure(self) -> str | None:
         return self.error
 
 
@@ -235,7 +236,9 @@ class Outbox:
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """Runs on every worker. An error of ours ends the run for good; anything else is a fault and may be restarted."""
+    """Runs on every worker. What torch.distributed and storage raise may be a fault that a restart mends (as is a
+    worker that dies); any other exception would only come again, so it ends the run for good.
+    """
     mailbox = config["mailbox"]
     if ray.get(mailbox.failure.remote()):
         return
@@ -248,10 +251,20 @@ def _worker(config: dict[str, Any]) -> None:
         if resolve(None).rank == 0:
             outbox.flush()
             trained.write_trained(plan.out, model, {**config["about"], "metrics": totals.latest})
-    except (Refused, Failed, ValueError) as error:
-        outbox.flush()
-        ray.get(mailbox.fail.remote(type(error).__name__, str(error)))
+    except (RuntimeError, OSError) as error:
+        if not isinstance(error, Failed):
+            raise
+        _give_up(mailbox, outbox, str(error))
         raise
+    except Exception as error:
+        ours = isinstance(error, (Refused, ValueError))
+        _give_up(mailbox, outbox, str(error) if ours else "".join(traceback.format_exception(error)))
+        raise
+
+
+def _give_up(mailbox: Any, outbox: Outbox, text: str) -> None:
+    outbox.flush()
+    ray.get(mailbox.fail.remote(text))
 
 
 def _fit(request: Request, plan: Plan, about: dict[str, Any], run: tracking.Run) -> None:
@@ -288,7 +301,7 @@ def _fit(request: Request, plan: Plan, about: dict[str, Any], run: tracking.Run)
         except TrainingFailedError as error:
             fault = error
     if failure := ray.get(mailbox.failure.remote()):
-        raise Failed(f"{failure[1]} (checkpoints so far are in {plan.out})")
+        raise Failed(f"{failure} (checkpoints so far are in {plan.out})")
     if fault is not None:
         last = str(fault).strip().splitlines()[-1] if str(fault).strip() else type(fault).__name__
         raise Failed(

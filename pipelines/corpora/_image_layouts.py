@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,7 +63,7 @@ def is_image(name: str) -> bool:
 
 
 def of_files(entries: list[Entry], prefix: str) -> tuple[list[Slice], list[str]]:
-    """(slices, class names) of image files. The class is the folder, below train/, valid/, test/ where those are on top."""
+    """(slices, class names) of image files. The class is the folder; train/, valid/, test/ on top are the splits."""
     tops = {PurePosixPath(entry.name).parts[0].lower() for entry in entries}
     official = bool(tops) and tops <= SPLIT_FOLDERS.keys() and any(t in tops for t in ("train", "test"))
     placed = []
@@ -136,7 +136,7 @@ def _matlab(root: str, name: str) -> dict[str, Any]:
 
 
 def of_tar(entry: Entry, prefix: str) -> list[Slice]:
-    """The images of a tar, each with its place in it. A compressed tar is one slice, since it can only be read in order."""
+    """The images of a tar, each with its place in it. A compressed tar is one slice: it can only be read in order."""
     name = prefix + entry.name
     compressed = not entry.name.lower().endswith(".tar")
     members: list[list[Any]] = []

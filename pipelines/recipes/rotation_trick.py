@@ -100,7 +100,12 @@ class VQVAE(nn.Module):
         side = s.image_size // 2 ** (len(s.multipliers) - 1)
         self.positions = side * side
         self.seeding_steps = math.ceil(64 * s.num_codes / (self.positions * s.batch_size))
-        shape = {"channels": s.channels, "multipliers": s.multipliers, "blocks": s.blocks, "attention": s.attention}
+        shape: dict[str, Any] = {
+            "channels": s.channels,
+            "multipliers": s.multipliers,
+            "blocks": s.blocks,
+            "attention": s.attention,
+        }
         self.encoder = ConvEncoder(s.image_channels, out_dim=width, **shape)
         self.narrow = nn.Conv2d(width, s.code_dim, 1)
         self.quantizer = VectorQuantizer(
@@ -117,7 +122,7 @@ class VQVAE(nn.Module):
             bound = math.sqrt(6 / (s.num_codes * s.code_dim))
             self.quantizer.codebook.set_vectors(torch.empty(s.num_codes, s.code_dim).uniform_(-bound, bound))
         self.widen = nn.Conv2d(s.code_dim, width, 1)
-        self.decoder = ConvDecoder(s.image_channels, in_dim=width, **shape)
+        self.decoder = ConvDecoder(width, out_channels=s.image_channels, **shape)
 
     def scaled(self, batch: Batch) -> Float[Tensor, "B C H W"]:
         """Pixels in [-1, 1]."""
