@@ -1,0 +1,304 @@
+"""Shards: immutable Arrow IPC files of one record batch each, memory-mapped and read by row number.
+
+Every shard has `row_id` int64 (part x 2^28 + index in the part: unique in its manifest) and `split` int8 before the
+corpus's own columns. Tensors are Arrow's fixed_shape_tensor, so any Arrow reads them.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from pipelines import storage
+from pipelines.errors import Failed, Refused
+from pipelines.manifest import SPLITS, Manifest, ShardRecord, check_split, load_manifest
+
+ROWS_PER_PART = 2**28
+SHARD_BYTES = 128 * 2**20
+PLATFORM = (pa.field("row_id", pa.int64(), nullable=False), pa.field("split", pa.int8(), nullable=False))
+
+Int64s = npt.NDArray[np.int64]
+
+
+def split_of(group: str, holdout: float) -> str:
+    """train, valid or test by a hash of the group key; valid and test each get the share `holdout` of all groups."""
+    draw = (
+        int.from_bytes(hashlib.blake2b(group.encode("utf-8", "backslashreplace"), digest_size=8).digest(), "big")
+        / 2**64
+    )
+    return "valid" if draw < holdout else "test" if draw < 2 * holdout else "train"
+
+
+def check_holdout(holdout: float) -> None:
+    """Refuse a holdout that leaves nothing to train on."""
+    if not 0 <= holdout < 0.5:
+        raise Refused(
+            f"holdout={holdout} was given; it is the share of groups for valid and again for test: 0 <= holdout < 0.5."
+        )
+
+
+def batch_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
+    """Values -> one record batch. Tensor columns take arrays of exactly their shape; only floats are rounded.
+
+    Raises:
+        Failed: a value does not fit its column; the message names the column.
+    """
+    columns = []
+    for item in schema:
+        values = [row[item.name] for row in rows]
+        try:
+            if isinstance(item.type, pa.FixedShapeTensorType):
+                columns.append(tensor_array(_stacked(values, item.type), item.type))
+            else:
+                columns.append(pa.array(values, item.type))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError, ArithmeticError) as error:
+            raise Failed(f"column {item.name!r} ({item.type}) got a value that does not fit: {error}") from error
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def tensor_array(values: npt.NDArray[Any], kind: pa.FixedShapeTensorType) -> pa.ExtensionArray:
+    """[N, *shape] -> N tensors of that Arrow type, without a copy where `values` is contiguous."""
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1), kind.value_type)
+    return pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays(flat, type=kind.storage_type))
+
+
+def to_tensor(column: pa.Array) -> torch.Tensor:
+    """A tensor or number column of a batch from `ShardReader` as [N, *shape], without a copy."""
+    if isinstance(column.type, pa.FixedShapeTensorType):
+        return torch.from_dlpack(column.storage.flatten()).view(len(column), *column.type.shape)
+    return torch.from_dlpack(column)
+
+
+class ShardWriter:
+    """Writes the rows of one part as shards of about `target_bytes`, each of which appears whole or not at all.
+
+    A part that is written again writes the same names, so a retry overwrites itself.
+    """
+
+    def __init__(self, uri: str, part: int, schema: pa.Schema, target_bytes: int = SHARD_BYTES) -> None:
+        """`schema`: the corpus's columns, without row_id and split."""
+        if taken := {"row_id", "split"} & set(schema.names):
+            raise Refused(
+                f"the columns {sorted(taken)} are the platform's own; a corpus must name its columns otherwise."
+            )
+        self.uri = storage.normalise(uri)
+        self.part = part
+        self.schema = pa.schema([*PLATFORM, *schema], metadata=schema.metadata)
+        self.target_bytes = target_bytes
+        self.records: list[ShardRecord] = []
+        self.rows = 0
+        self._waiting: list[pa.RecordBatch] = []
+        self._bytes = 0
+
+    def write(self, batch: pa.RecordBatch, splits: npt.NDArray[np.int8], row_ids: Int64s | None = None) -> None:
+        """Add rows. `row_ids` are kept where rows are made from rows (codes); else they follow from part and index."""
+        if row_ids is None:
+            if self.rows + batch.num_rows > ROWS_PER_PART:
+                raise Failed(f"part {self.part} has more than {ROWS_PER_PART} rows; cut its source into smaller parts.")
+            row_ids = np.arange(self.rows, self.rows + batch.num_rows) + self.part * ROWS_PER_PART
+        columns = [pa.array(row_ids, pa.int64()), pa.array(splits, pa.int8()), *batch.columns]
+        whole = pa.RecordBatch.from_arrays(columns, schema=self.schema)
+        if self._waiting and self._bytes + whole.nbytes > self.target_bytes:
+            self._flush()
+        self.rows += batch.num_rows
+        if batch.num_rows:
+            self._waiting.append(whole)
+            self._bytes += whole.nbytes
+
+    def close(self) -> list[ShardRecord]:
+        """Write what is left; the records of all shards of this part, in order."""
+        if self._waiting:
+            self._flush()
+        return self.records
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+
+    def _flush(self) -> None:
+        batch = pa.concat_batches(self._waiting)
+        self._waiting, self._bytes = [], 0
+        name = f"shard-{self.part:05d}-{len(self.records):03d}.arrow"
+        with storage.writing(storage.join(self.uri, name)) as staged:
+            with pa.OSFile(str(staged), "wb") as sink, pa.ipc.new_file(sink, self.schema) as writer:
+                writer.write_batch(batch)
+            size, digest = staged.stat().st_size, storage.sha256_of_file(staged)
+        counts = np.bincount(batch.column("split").to_numpy(), minlength=len(SPLITS)).tolist()
+        self.records.append(ShardRecord(name, batch.num_rows, size, digest, dict(zip(SPLITS, counts, strict=True))))
+
+
+class ShardReader:
+    """The rows of a finished directory, by split and ordinal (order: shards of the manifest, then rows of the shard).
+
+    Shards are mapped when first touched; then, once a process, their digest is checked.
+    """
+
+    def __init__(self, uri: str, manifest: Manifest | None = None) -> None:
+        """
+        Raises:
+            Refused: no manifest, or a shard is missing or has another size; the message names it.
+        """
+        self.uri = storage.normalise(uri)
+        self.manifest = manifest or load_manifest(uri)
+        self._starts = {
+            split: np.array([0, *accumulate(_count(shard, split) for shard in self.manifest.shards)], np.int64)
+            for split in (*SPLITS, "all")
+        }
+        self._batches: dict[int, pa.RecordBatch] = {}
+        self._views: dict[tuple[int, str], npt.NDArray[Any] | None] = {}
+        self._members: dict[tuple[int, str], npt.NDArray[np.int32]] = {}
+        self._check_presence()
+
+    def rows(self, split: str = "all") -> int:
+        return self.manifest.rows(split)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns as stored, row_id and split first."""
+        return self.shard(0).schema
+
+    def take(self, split: str, ordinals: Int64s, columns: Sequence[str] | None = None) -> pa.RecordBatch:
+        """Rows of a split by ordinal, in the order asked for; repeats are fine. The result owns its memory.
+
+        Args:
+            ordinals: [N] in [0, rows(split)).
+            columns: default all.
+        """
+        check_split(split)
+        ordinals = np.asarray(ordinals, np.int64)
+        if ordinals.size and (ordinals.min() < 0 or ordinals.max() >= self.rows(split)):
+            raise IndexError(
+                f"ordinals from {ordinals.min()} to {ordinals.max()} of {self.rows(split)} rows in {split!r}"
+            )
+        shards = np.searchsorted(self._starts[split], ordinals, side="right") - 1
+        order = np.argsort(shards, kind="stable")
+        runs: list[tuple[int, Int64s, Int64s]] = []  # shard, places in the result, rows in the shard
+        for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if ordinals.size else []:
+            shard = int(shards[places[0]])
+            runs.append((shard, places, self._local(shard, split, ordinals[places] - self._starts[split][shard])))
+        fields = [item for item in self.schema if columns is None or item.name in columns]
+        return pa.RecordBatch.from_arrays(
+            [self._gather(item, runs, len(ordinals)) for item in fields], schema=pa.schema(fields, self.schema.metadata)
+        )
+
+    def batches(self, shard: int, rows: int, split: str = "all") -> Iterator[pa.RecordBatch]:
+        """The rows of one shard (of one split) in order, `rows` at a time."""
+        check_split(split)
+        start, stop = (int(bound) for bound in self._starts[split][shard : shard + 2])
+        for first in range(start, stop, rows):
+            yield self.take(split, np.arange(first, min(first + rows, stop)))
+
+    def shard(self, index: int) -> pa.RecordBatch:
+        """One shard, memory-mapped: zero-copy and read-only.
+
+        Raises:
+            Failed: its content is not what the manifest recorded.
+        """
+        if index not in self._batches:
+            record = self.manifest.shards[index]
+            uri = storage.join(self.uri, record.name)
+            path = storage.local_copy(uri, record.sha256)
+            _check_digest(uri, str(path), record.sha256)
+            self._batches[index] = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        return self._batches[index]
+
+    def _check_presence(self) -> None:
+        found = {entry.name: entry.bytes for entry in storage.list_files(self.uri)}
+        for shard in self.manifest.shards:
+            if shard.name not in found:
+                raise Refused(f"shard {shard.name} of {self.uri} is missing; restore it, or ingest into a new --out.")
+            if found[shard.name] != shard.bytes:
+                raise Refused(
+                    f"shard {shard.name} of {self.uri} has {found[shard.name]} bytes instead of {shard.bytes}; "
+                    "restore it, or ingest into a new --out."
+                )
+
+    def _local(self, shard: int, split: str, ranks: Int64s) -> Int64s:
+        """Ranks within a shard's share of the split -> rows of the shard."""
+        record = self.manifest.shards[shard]
+        if _count(record, split) == record.rows:
+            return ranks
+        if (shard, split) not in self._members:
+            column = self.shard(shard).column("split").to_numpy()
+            self._members[shard, split] = np.flatnonzero(column == SPLITS.index(split)).astype(np.int32)
+        return self._members[shard, split][ranks].astype(np.int64)
+
+    def _gather(self, item: pa.Field, runs: list[tuple[int, Int64s, Int64s]], rows: int) -> pa.Array:
+        if not runs:
+            return self.shard(0).column(item.name).slice(0, 0)
+        views = [self._view(shard, item.name) for shard, _, _ in runs]
+        dense = [view for view in views if view is not None]
+        if len(dense) < len(views):
+            taken = [self.shard(shard).column(item.name).take(pa.array(local)) for shard, _, local in runs]
+            back = np.argsort(np.concatenate([places for _, places, _ in runs]))
+            return pa.concat_arrays(taken).take(pa.array(back))
+        out = np.empty((rows, *dense[0].shape[1:]), dense[0].dtype)
+        for view, (_, places, local) in zip(dense, runs, strict=True):
+            first, last = int(places[0]), int(places[-1])
+            if last - first + 1 == len(places):
+                # mode="clip": "raise" would copy once more, and the bounds were checked.
+                np.take(view, local, axis=0, out=out[first : last + 1], mode="clip")
+            else:
+                out[places] = view[local]
+        if isinstance(item.type, pa.FixedShapeTensorType):
+            return tensor_array(out, item.type)
+        return pa.array(out, item.type)
+
+    def _view(self, shard: int, name: str) -> npt.NDArray[Any] | None:
+        """A fixed-width column without nulls as [rows, *shape]; None for all others, which Arrow gathers."""
+        if (shard, name) not in self._views:
+            column = self.shard(shard).column(name)
+            if isinstance(column.type, pa.FixedShapeTensorType):
+                self._views[shard, name] = column.to_numpy_ndarray()
+            elif (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)) and not column.null_count:
+                self._views[shard, name] = column.to_numpy(zero_copy_only=True)
+            else:
+                self._views[shard, name] = None
+        return self._views[shard, name]
+
+
+_checked: set[tuple[str, str]] = set()
+
+
+def _check_digest(uri: str, path: str, sha256: str) -> None:
+    """Once a process and shard: a flipped byte must stop a run, but hashing at every open would read all data again."""
+    if (uri, sha256) in _checked:
+        return
+    found = storage.sha256_of_file(path)
+    if found != sha256:
+        storage.forget_copy(uri, sha256)
+        raise Failed(
+            f"{uri} has sha256 {found}, but the manifest recorded {sha256}: the shard is damaged. "
+            "Restore it from a copy, or ingest into a new --out."
+        )
+    _checked.add((uri, sha256))
+
+
+def _count(shard: ShardRecord, split: str) -> int:
+    return shard.rows if split == "all" else shard.splits[split]
+
+
+def _stacked(values: list[Any], kind: pa.FixedShapeTensorType) -> npt.NDArray[Any]:
+    dtype = np.dtype(kind.value_type.to_pandas_dtype())
+    shape = tuple(kind.shape)
+    arrays = [np.asarray(value) for value in values]
+    for array in arrays:
+        if array.shape != shape:
+            raise ValueError(f"shape {array.shape}, not {shape}")
+    stacked = np.stack(arrays) if arrays else np.empty((0, *shape), dtype)
+    with np.errstate(over="raise", invalid="raise"):
+        cast = stacked.astype(dtype, copy=False)
+    if dtype.kind != "f" and not np.array_equal(cast, stacked):
+        raise ValueError(f"{stacked.dtype} values that {dtype} cannot hold")
+    return cast
