@@ -1,5 +1,6 @@
 """Shards to codes and codes back to rows, with the bundle that belongs to them. One shard out per shard in."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -7,22 +8,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Int64
-from torch import Tensor
 
 from pipelines import corpora, registry, storage, trained
 from pipelines.errors import Failed, Refused
-from pipelines.feed import read_columns, to_batch
-from pipelines.manifest import FILE, Manifest, ShardRecord, Units, load_manifest
+from pipelines.feed import as_seen, to_batch
+from pipelines.manifest import Manifest, ShardRecord, Units, describe, is_finished, load_manifest, save_manifest
 from pipelines.options import differences
 from pipelines.parts import Part, Record, forget_records, run_parts
 from pipelines.recipe import Batch
-from pipelines.shards import ShardReader, export_parquet, with_platform_columns, write_shards
+from pipelines.shards import ShardReader, ShardWriter, export_parquet, tensor_array, values_of
 from pipelines.trained import Trained
 
 CODES = "codes"
 """The kind of a manifest whose rows are codes."""
 ROWS_AT_ONCE = 128
+PLATFORM_NAMES = ("row_id", "split")
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,18 @@ def encode(bundle: str, shards: str, out: str, *, split: str = "all", parquet: b
     model, reader = opened_for(directory, shards, split)
     request = {"bundle": model.digest, "shards": reader.manifest.digest, "split": split}
     if done := claim(out, request, "codes"):
-        return Made(out, done.digest, done.rows, skipped=True)
+        return Made(out, done.digest, done.rows(), skipped=True)
     config = {"bundle": str(directory), "shards": reader.uri, "split": split, "out": out}
     parts = shard_parts(reader, split)
     records = run_parts(parts, _encode_shard, config, label="encode", unit="rows", out=out)
     context = {"corpus": {"kind": reader.manifest.kind, "settings": reader.manifest.settings}}
-    settings = {"split": split, "recipe": model.recipe.name}
     parents = {"bundle": model.digest, "shards": reader.manifest.digest}
-    return _finish(out, CODES, settings, context, parents, records, parquet)
+    made = _finish(
+        out, CODES, {"recipe": model.recipe.name}, {"split": split}, context, parents, reader.manifest, records
+    )
+    if parquet:
+        export_parquet(out)
+    return made
 
 
 def decode(bundle: str, codes: str, out: str, *, files: bool = False) -> Made:
@@ -82,14 +86,14 @@ def decode(bundle: str, codes: str, out: str, *, files: bool = False) -> Made:
         )
     request = {"bundle": model.digest, "codes": manifest.digest, "files": files}
     if done := claim(out, request, "decoded rows"):
-        return Made(out, done.digest, done.rows, skipped=True)
+        return Made(out, done.digest, done.rows(), skipped=True)
     config = {"bundle": str(directory), "shards": reader.uri, "split": "all", "out": out, "files": files}
     config["corpus"] = manifest.context["corpus"]
     records = run_parts(shard_parts(reader, "all"), _decode_shard, config, label="decode", unit="rows", out=out)
     corpus = manifest.context["corpus"]
     parents = {"bundle": model.digest, "codes": manifest.digest}
     kind = f"{corpus['kind']} files" if files else corpus["kind"]
-    return _finish(out, kind, corpus["settings"], {}, parents, records, parquet=False)
+    return _finish(out, kind, corpus["settings"], manifest.selection, {}, parents, manifest, records)
 
 
 def opened_for(directory: Path, shards: str, split: str) -> tuple[Trained, ShardReader]:
@@ -104,8 +108,8 @@ def opened_for(directory: Path, shards: str, split: str) -> tuple[Trained, Shard
 
 def shard_parts(reader: ShardReader, split: str) -> dict[int, Part]:
     """One part for every shard that holds rows of the split."""
-    spans = {number: reader.span(number, split) for number in range(len(reader.manifest.shards))}
-    return {number: Part(stop - first) for number, (first, stop) in spans.items() if stop > first}
+    rows = [shard.rows if split == "all" else shard.splits[split] for shard in reader.manifest.shards]
+    return {number: Part(count) for number, count in enumerate(rows) if count}
 
 
 def claim(out: str, request: dict[str, Any], what: str) -> Manifest | None:
@@ -118,7 +122,7 @@ def claim(out: str, request: dict[str, Any], what: str) -> Manifest | None:
         return None
     if different := differences(storage.read_json(home), request):
         raise Refused(f"{out} holds other {what} ({'; '.join(different)}). Choose another --out.")
-    return load_manifest(out) if storage.exists(storage.join(out, FILE)) else None
+    return load_manifest(out) if is_finished(out) else None
 
 
 _OPENED: dict[str, Trained] = {}
@@ -132,45 +136,34 @@ def opened(directory: str) -> Trained:
     return _OPENED[directory]
 
 
-def rows_of_shard(reader: ShardReader, shard: int, split: str) -> list[np.ndarray]:
-    """Ordinals of one shard's rows of a split, in runs of at most `ROWS_AT_ONCE`: a fixed batch, so one result."""
-    first, stop = reader.span(shard, split)
-    return [np.arange(low, min(low + ROWS_AT_ONCE, stop), dtype=np.int64) for low in range(first, stop, ROWS_AT_ONCE)]
+def seen_batches(reader: ShardReader, shard: int, split: str) -> Iterator[tuple[Batch, int, dict[str, Any]]]:
+    """One shard's rows of a split in order: (batch, its rows that were not finite, the rows as stored).
 
-
-def whole_batch(reader: ShardReader, split: str, ordinals: np.ndarray) -> tuple[Batch, int]:
-    """The rows as a batch, and how many of them held a value that is not finite."""
-    columns, row_ids = read_columns(reader, split, ordinals)
-    return to_batch(columns, row_ids, np.ones(len(ordinals), dtype=bool))
+    Batches have a fixed size, so that a result does not depend on who computes it.
+    """
+    for rows in reader.batches(shard, ROWS_AT_ONCE, split):
+        columns, row_ids = as_seen(reader.manifest, rows)
+        batch, lost = to_batch(columns, row_ids, np.ones(rows.num_rows, dtype=bool))
+        yield batch, lost, values_of(rows)
 
 
 def _encode_shard(shard: int, payload: None, config: dict[str, Any]) -> Record:
     model = opened(config["bundle"])
     reader = ShardReader(config["shards"])
-    batches = []
-    for ordinals in rows_of_shard(reader, shard, config["split"]):
-        batch, lost = whole_batch(reader, config["split"], ordinals)
+    kind = smallest_integer(max(size for size, _ in model.recipe.codebooks(model.settings)))
+    writer: ShardWriter | None = None
+    for batch, lost, stored in seen_batches(reader, shard, config["split"]):
         if lost:
             name = reader.manifest.shards[shard].name
             raise Failed(f"{lost} rows of {name} hold values that are not finite, so they have no codes.")
         with torch.inference_mode():
             codes = model.recipe.encode(model.model, batch)
-        stored = reader.take(config["split"], ordinals)
-        batches.append(_codes_batch(model, codes, stored["row_id"], stored["split"]))
-    schema = batches[0].schema
-    return {"shards": [asdict(s) for s in write_shards(config["out"], shard, schema, batches)]}
-
-
-def _codes_batch(
-    model: Trained, codes: Int64[Tensor, "B ..."], row_ids: np.ndarray, splits: np.ndarray
-) -> pa.RecordBatch:
-    kind = smallest_integer(max(size for size, _ in model.recipe.codebooks(model.settings)))
-    field = pa.field("codes", pa.fixed_shape_tensor(kind, list(codes.shape[1:])))
-    schema = with_platform_columns(pa.schema([field])).with_metadata({"bundle_digest": model.digest})
-    array = pa.FixedShapeTensorArray.from_numpy_ndarray(
-        np.ascontiguousarray(codes.cpu().numpy().astype(kind.to_pandas_dtype()))
-    )
-    return pa.record_batch([pa.array(row_ids), pa.array(splits), array], schema=schema)
+        field = pa.field("codes", pa.fixed_shape_tensor(kind, list(codes.shape[1:])))
+        schema = pa.schema([field], metadata={"bundle_digest": model.digest})
+        writer = writer or ShardWriter(config["out"], shard, schema)
+        column = tensor_array(codes.cpu().numpy().astype(kind.to_pandas_dtype()), field.type)
+        writer.write(pa.RecordBatch.from_arrays([column], schema=schema), stored["split"], stored["row_id"])
+    return {"shards": [asdict(record) for record in writer.close()] if writer else []}
 
 
 def _decode_shard(shard: int, payload: None, config: dict[str, Any]) -> Record:
@@ -178,46 +171,41 @@ def _decode_shard(shard: int, payload: None, config: dict[str, Any]) -> Record:
     reader = ShardReader(config["shards"])
     corpus = corpora.load(config["corpus"]["kind"])
     settings = corpus.Settings.model_validate(config["corpus"]["settings"])
-    batches = []
-    for ordinals in rows_of_shard(reader, shard, "all"):
-        stored = reader.take("all", ordinals)
+    writer: ShardWriter | None = None
+    for rows in reader.batches(shard, ROWS_AT_ONCE):
+        stored = values_of(rows)
         with torch.inference_mode():
             columns = model.recipe.decode(model.model, torch.from_numpy(stored["codes"].astype(np.int64)))
         if config["files"]:
             corpus.write_files(columns, [str(row) for row in stored["row_id"]], config["out"], settings)
-        else:
-            batches.append(_decoded_batch(columns, stored["row_id"], stored["split"]))
-    if config["files"]:
-        return {"shards": [], "files": reader.manifest.shards[shard].rows}
-    return {"shards": [asdict(s) for s in write_shards(config["out"], shard, batches[0].schema, batches)]}
-
-
-def _decoded_batch(columns: dict[str, Tensor], row_ids: np.ndarray, splits: np.ndarray) -> pa.RecordBatch:
-    arrays = {name: pa.FixedShapeTensorArray.from_numpy_ndarray(c.cpu().numpy()) for name, c in columns.items()}
-    schema = with_platform_columns(pa.schema([(name, array.type) for name, array in arrays.items()]))
-    return pa.record_batch([pa.array(row_ids), pa.array(splits), *arrays.values()], schema=schema)
+            continue
+        arrays = {name: column.cpu().numpy() for name, column in columns.items()}
+        types = {n: pa.fixed_shape_tensor(pa.from_numpy_dtype(a.dtype), list(a.shape[1:])) for n, a in arrays.items()}
+        schema = pa.schema(list(types.items()))
+        writer = writer or ShardWriter(config["out"], shard, schema)
+        made = [tensor_array(array, types[name]) for name, array in arrays.items()]
+        writer.write(pa.RecordBatch.from_arrays(made, schema=schema), stored["split"], stored["row_id"])
+    return {"shards": [asdict(record) for record in writer.close()] if writer else []}
 
 
 def _finish(
     out: str,
     kind: str,
     settings: dict[str, Any],
+    selection: dict[str, Any],
     context: dict[str, Any],
     parents: dict[str, str],
+    made_from: Manifest,
     records: list[Record],
-    parquet: bool,
 ) -> Made:
     shards = tuple(ShardRecord(**shard) for record in records for shard in record["shards"])
-    rows = sum(shard.rows for shard in shards) + sum(record.get("files", 0) for record in records)
-    columns = _schema_of(out, shards[0]) if shards else {}
-    manifest = Manifest(kind, settings, columns, shards, Units(rows, rows, 0, {}), {}, context, parents)
-    manifest.save(out)
+    # Files have no shards to count; every row of the codes became one.
+    rows = sum(shard.rows for shard in shards) or made_from.rows()
+    columns = {}
+    if shards:
+        with storage.open_read(storage.join(out, shards[0].name)) as file:
+            columns = describe(pa.schema([f for f in pa.ipc.open_file(file).schema if f.name not in PLATFORM_NAMES]))
+    manifest = Manifest(kind, settings, selection, columns, shards, Units(rows, rows, 0, {}), "", parents, context)
+    save_manifest(manifest, out)
     forget_records(out)
-    if parquet:
-        export_parquet(out)
     return Made(out, manifest.digest, rows, skipped=False)
-
-
-def _schema_of(out: str, shard: ShardRecord) -> dict[str, str]:
-    with storage.open_read(storage.join(out, shard.name)) as file:
-        return {field.name: str(field.type) for field in pa.ipc.open_file(file).schema}

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pipelines import registry, storage
-from pipelines.encode import opened, opened_for, rows_of_shard, shard_parts, whole_batch
+from pipelines.encode import opened, opened_for, seen_batches, shard_parts
 from pipelines.errors import Refused
+from pipelines.feed import read_columns, to_batch
 from pipelines.options import differences
 from pipelines.parts import run_parts
 from pipelines.pictures import usage_plot
@@ -75,8 +76,7 @@ def _measure_shard(shard: int, payload: None, config: dict[str, Any]) -> dict[st
     reader = ShardReader(config["shards"])
     sizes = [size for size, _ in model.recipe.codebooks(model.settings)]
     totals: dict[str, Tensor] = {}
-    for ordinals in rows_of_shard(reader, shard, config["split"]):
-        batch, _ = whole_batch(reader, config["split"], ordinals)
+    for batch, _, _ in seen_batches(reader, shard, config["split"]):
         with torch.inference_mode():
             measured = model.recipe.measure(model.model, batch)
         per_level = measured.codes.flatten(1, -2).unbind(-1) if len(sizes) > 1 else [measured.codes]
@@ -111,10 +111,11 @@ def _draw(model: Trained, reader: ShardReader, split: str, counts: Tensor, out: 
     if model.recipe.pictures is not None:
         rows = reader.rows(split)
         ordinals = np.unique(np.linspace(0, rows - 1, min(PICTURED, rows)).astype(np.int64))
-        batch, _ = whole_batch(reader, split, ordinals)
+        columns, row_ids = read_columns(reader, split, ordinals)
+        batch, _ = to_batch(columns, row_ids, np.ones(len(ordinals), dtype=bool))
         with torch.inference_mode():
             figures = {**model.recipe.pictures(model.model, batch), **figures}
     for name, figure in figures.items():
-        with storage.open_write(storage.join(out, f"{name}.png")) as file:
-            figure.savefig(file, format="png")
+        with storage.writing(storage.join(out, f"{name}.png")) as staged:
+            figure.savefig(staged, format="png")
     return [f"{name}.png" for name in figures]

@@ -66,7 +66,7 @@ class Manifest:
     """A finished directory of shards. Rows are in the order of `shards`."""
 
     kind: str
-    """Corpus kind; manifests of codes keep that of the rows they were made from."""
+    """Corpus kind, or `codes`."""
     settings: dict[str, Any]
     """The corpus's settings."""
     selection: dict[str, Any]
@@ -75,7 +75,9 @@ class Manifest:
     shards: tuple[ShardRecord, ...]
     units: Units
     sources: str
-    """sha256 of sources.arrow, which lies beside the manifest: names relative to the source URI, and fingerprints."""
+    """sha256 of sources.arrow beside the manifest: names relative to the source URI, and fingerprints.
+
+    Empty where rows were made from rows."""
     parents: dict[str, str] = field(default_factory=dict)
     """What it was made from: name (`shards`, `bundle`) -> digest. Empty after an ingest."""
     context: dict[str, Any] = field(default_factory=dict)
@@ -125,7 +127,7 @@ def load_manifest(uri: str) -> Manifest:
     """
     uri = storage.normalise(uri)
     if not is_finished(uri):
-        begun = any(storage.exists(storage.join(uri, name)) for name in ("ingest.json", "encode.json", "parts"))
+        begun = any(storage.exists(storage.join(uri, name)) for name in ("request.json", "parts"))
         hint = (
             "rerun the command that began it to complete it"
             if begun

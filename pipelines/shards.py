@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from pipelines import storage
@@ -75,6 +76,18 @@ def to_tensor(column: pa.Array) -> torch.Tensor:
     return torch.from_dlpack(column)
 
 
+def values_of(batch: pa.RecordBatch) -> dict[str, Any]:
+    """Column -> numpy array [N, *shape] for tensors and numbers, without a copy; a list of values for all others."""
+
+    def dense(column: pa.Array) -> bool:
+        kind = column.type
+        number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        return isinstance(kind, pa.FixedShapeTensorType) or (number and not column.null_count)
+
+    columns = zip(batch.schema.names, batch.columns, strict=True)
+    return {name: to_tensor(column).numpy() if dense(column) else column.to_pylist() for name, column in columns}
+
+
 class ShardWriter:
     """Writes the rows of one part as shards of about `target_bytes`, each of which appears whole or not at all.
 
@@ -89,6 +102,7 @@ class ShardWriter:
             )
         self.uri = storage.normalise(uri)
         self.part = part
+        self.corpus_schema = schema
         self.schema = pa.schema([*PLATFORM, *schema], metadata=schema.metadata)
         self.target_bytes = target_bytes
         self.records: list[ShardRecord] = []
@@ -302,3 +316,17 @@ def _stacked(values: list[Any], kind: pa.FixedShapeTensorType) -> npt.NDArray[An
     if dtype.kind != "f" and not np.array_equal(cast, stacked):
         raise ValueError(f"{stacked.dtype} values that {dtype} cannot hold")
     return cast
+
+
+def export_parquet(uri: str) -> None:
+    """Write every shard once more as `parquet/<shard>.parquet`, for other tools; tensors become flat lists there.
+
+    The Arrow shards stay what the manifest names and what vqray reads.
+    """
+    reader = ShardReader(uri)
+    for number, record in enumerate(reader.manifest.shards):
+        batch = reader.shard(number)
+        flat = [c.storage if isinstance(c, pa.ExtensionArray) else c for c in batch.columns]
+        table = pa.table(flat, names=batch.schema.names).replace_schema_metadata(batch.schema.metadata)
+        with storage.writing(storage.join(uri, f"parquet/{record.name.removesuffix('.arrow')}.parquet")) as staged:
+            pq.write_table(table, staged)

@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from vqcore.networks.conv import ConvDecoder, ConvEncoder
 
 from pipelines.errors import Refused
 from pipelines.pictures import grid_over
 from pipelines.recipe import Batch, Demo, Losses, Measured, Recipe, Settings, Share, Stage
 from vqcore import estimators, losses, seeding
+from vqcore.networks.conv import ConvDecoder, ConvEncoder
 from vqcore.quantizers import VectorBatch, VectorQuantizer
 
 ESTIMATORS = {"rotate": estimators.rotate, "straight_through": estimators.straight_through}
