@@ -38,8 +38,8 @@ def nearest(
 
     Runs in float32, or float64 where an argument is float64, whatever autocast and the float32 precision settings say;
     no gradient. A row's code does not depend on the rows around it: no split of a batch changes a code. Euclidean
-    scores are x.v - |v|^2 / 2, exact to rounding of |x||v| and |v|^2: codes whose distances differ by less are near-ties
-    and either may be returned (the same one every time). Rows must be finite; others get some code in [0, K).
+    scores are x.v - |v|^2 / 2, exact to rounding of |x||v| and |v|^2: codes whose distances differ by less are
+    near-ties, and either may be returned (always the same one). Rows must be finite; others get some code in [0, K).
 
     Memory beyond arguments and result stays under 16 MiB for float32 and D <= 4096, at any N and K.
 
@@ -71,7 +71,10 @@ def _check(x: Tensor, vectors: Tensor, metric: str) -> None:
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
     """Products in full float32: no autocast on this device, no TF32 on CUDA, no bfloat16 inside oneDNN."""
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    settings = (
+        torch.backends.cuda.matmul,
+        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]  # made at import, so mypy does not see it
+    )
     before = [setting.fp32_precision for setting in settings]
     with ExitStack() as stack:
         if torch.amp.is_autocast_available(device.type):
@@ -96,26 +99,36 @@ def _search(x: Tensor, vectors: Tensor, euclidean: bool, codes: Tensor) -> None:
     kept = _negated_half_norms(vectors, dtype) if euclidean and num_codes <= NORMS_KEPT else None
     for first in range(0, n, per_group):
         rows = _whole_products(x[first : first + per_group], per_product, padded)
-        products = rows.T.split(per_product, dim=1)
-        best = found = None
+        best, found = torch.empty(0), torch.empty(0)
         for start in range(0, num_codes, CODES_PER_TILE):
             tile = vectors[start : start + CODES_PER_TILE].to(dtype).contiguous()
-            scores = buffer[: tile.shape[0] * rows.shape[0]].view(tile.shape[0], rows.shape[0])
             bias = None
             if euclidean:
                 bias = _negated_half_norms(tile, dtype) if kept is None else kept[start : start + CODES_PER_TILE]
-            for product, out in zip(products, scores.split(per_product, dim=1), strict=True):
-                if bias is None:
-                    torch.mm(tile, product, out=out)
-                else:
-                    torch.addmm(bias, tile, product, out=out)
-            top, code = _best_of_tile(scores)
-            if best is None:
+            top, code = _best_of_tile(_scores(rows, tile, bias, per_product, buffer))
+            if start == 0:
                 best, found = top, code
             else:  # strictly better, so that equal scores keep the lowest code
                 found = torch.where(top > best, code.add_(start), found)
                 best = torch.maximum(best, top)
         codes[first : first + per_group] = found[: n - first]
+
+
+def _scores(
+    rows: Float[Tensor, "N D"],
+    tile: Float[Tensor, "K D"],
+    bias: Float[Tensor, "K 1"] | None,
+    per_product: int,
+    buffer: Tensor,
+) -> Float[Tensor, "K N"]:
+    """tile @ rows^T + bias inside `buffer`, in products of a fixed number of rows."""
+    scores = buffer[: tile.shape[0] * rows.shape[0]].view(tile.shape[0], rows.shape[0])
+    for part, out in zip(rows.T.split(per_product, dim=1), scores.split(per_product, dim=1), strict=True):
+        if bias is None:
+            torch.mm(tile, part, out=out)
+        else:
+            torch.addmm(bias, tile, part, out=out)
+    return scores
 
 
 def _rows(num_codes: int, dim: int, device: torch.device) -> tuple[int, int]:
@@ -146,15 +159,16 @@ def _whole_products(x: Tensor, per_product: int, padded: Tensor) -> Tensor:
 def _negated_half_norms(vectors: Tensor, dtype: torch.dtype) -> Tensor:
     """-|v|^2 / 2 as a column, squaring a few codes at a time."""
     chunks = vectors.split(max(1, NORM_CHUNK // vectors.shape[1]))
-    return torch.cat([chunk.to(dtype).square().sum(1, keepdim=True) for chunk in chunks]).mul_(-0.5)
+    # Contiguous, because the order of a sum, and with it its last bit, follows the strides.
+    return torch.cat([chunk.to(dtype).contiguous().square().sum(1, keepdim=True) for chunk in chunks]).mul_(-0.5)
 
 
 def _best_of_tile(scores: Float[Tensor, "K N"]) -> tuple[Float[Tensor, " N"], Int64[Tensor, " N"]]:
     """The largest score of every column and the first row that reaches it.
 
-    On CPU torch's max and argmax with indices visit one number at a time (2 to 4 ms for 2^20 scores). Max-pooling over a
-    channels-last image, whose channels are our columns, is the one reduction with indices that is vectorised (0.13 ms).
-    It runs one thread per image, so with several threads the tile is cut into images, and their winners are pooled again.
+    On CPU torch's max and argmax with indices visit one number at a time (1 to 4 ms for 2^20 scores). Max-pooling over
+    a channels-last image whose channels are our columns is the one reduction with indices that is vectorised (0.13 ms).
+    It runs one thread per image, so with several threads the tile is cut into images and their winners pooled again.
     """
     if scores.device.type != "cpu":
         top, code = scores.max(0)

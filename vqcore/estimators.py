@@ -1,7 +1,7 @@
 """Estimators: the code vectors going forward, a gradient for the encoder going back.
 
-A plain function (x, quantized) -> vectors. The value is `quantized` bit for bit (the usual x + sg(quantized - x) rounds), the
-gradient reaches `x` alone: a codebook learns by its statistics or by its own loss, never through here.
+A plain function (x, quantized) -> vectors. The value is `quantized` bit for bit (the usual x + sg(quantized - x)
+rounds), the gradient reaches `x` alone: a codebook learns by its statistics or by its own loss, never through here.
 """
 
 from typing import Any
@@ -29,14 +29,14 @@ def straight_through(x: Float[Tensor, "... D"], quantized: Float[Tensor, "... D"
 def rotate(x: Float[Tensor, "... D"], quantized: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
     """The rotation trick (Fifty et al. 2025, section 4.2): the code as a rotated and rescaled x, both held constant.
 
-    With e = x, q = quantized, hats for unit vectors, r = unit(e_hat + q_hat), lambda = |q| / |e| and sg = stop-gradient:
+    With e = x, q = quantized, hats for unit vectors, r = unit(e_hat + q_hat), lambda = |q| / |e|, sg = stop-gradient:
 
         q_tilde = sg(lambda) (e - 2 sg(r) (sg(r) . e) + 2 sg(q_hat) (sg(e_hat) . e))        (= q)
         de      = lambda (g - 2 r (r . g) + 2 e_hat (q_hat . g))                            for dq_tilde = g
 
     so the angle between x and its gradient is the one between the code and g. Rows that have no such rotation take the
     straight-through gradient: x = 0 (or so small that lambda overflows), and x opposite to its code within
-    rounding (|e_hat + q_hat| < 1e-3, in float64 1e-7). A code of 0 gives a gradient of 0. Computed in float32 or better.
+    rounding (|e_hat + q_hat| < 1e-3, in float64 1e-7). A code of 0 gives a gradient of 0. All in float32 or better.
 
     Raises:
         ValueError: x and quantized differ in shape.
@@ -86,6 +86,8 @@ def _rotate_back(
     scale = q_norm / e_norm
     tolerance = ANTIPODAL_FLOAT64 if e.dtype == torch.float64 else ANTIPODAL
     turns = torch.isfinite(scale) & (squared >= tolerance**2)
+    # Other rows get harmless numbers, so that no NaN waits behind the last `where` for a second differentiation.
+    squared, scale = torch.where(turns, squared, 1), torch.where(turns, scale, 1)
     # 2 r (r . g) with r = both / |both|: one division by |both|^2 and no root.
     across = both * (2 * (both * g).sum(-1, keepdim=True) / squared)
     along = e_hat * (2 * (q_hat * g).sum(-1, keepdim=True))

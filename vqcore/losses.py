@@ -10,7 +10,7 @@ from torch import Tensor
 def squared_error(
     x: Float[Tensor, "N ..."], y: Float[Tensor, "N ..."], mask: Bool[Tensor, " N"] | None = None
 ) -> Float[Tensor, ""]:
-    """Sum of (x - y)^2 over every entry of the rows where `mask` holds, in float64, with its gradient.
+    """Sum of (x - y)^2 over every entry of the rows where `mask` holds, added up in float64, with its gradient.
 
     [B, C, H, W] images and [N, D] vectors alike. What a masked row holds does not matter, not even NaN or infinity:
     it adds 0 to the sum and to the gradient. No valid row gives 0, still attached to the graph.
@@ -20,15 +20,17 @@ def squared_error(
     """
     if x.shape != y.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, y {tuple(y.shape)}; they must be equal, nothing is broadcast")
-    if mask is None:
-        return (x - y).to(torch.float64).square().sum()
-    if mask.dtype != torch.bool or mask.shape != x.shape[:1]:
-        raise ValueError(
-            f"the mask is {mask.dtype} of shape {tuple(mask.shape)}; it must be bool of shape {tuple(x.shape[:1])}, one a row"
-        )
-    # Before the square: a NaN hidden behind `where` afterwards would come back in the gradient as 0 x NaN.
-    difference = torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x - y, 0)
-    return difference.to(torch.float64).square().sum()
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    difference = x.to(dtype) - y.to(dtype)
+    if mask is not None:
+        if mask.dtype != torch.bool or mask.shape != x.shape[:1]:
+            raise ValueError(
+                f"the mask is {mask.dtype} of shape {tuple(mask.shape)}; "
+                f"it must be bool of shape {tuple(x.shape[:1])}, one a row"
+            )
+        # Before the square: a NaN hidden behind `where` afterwards would come back in the gradient as 0 x NaN.
+        difference = torch.where(mask.view(-1, *[1] * (x.ndim - 1)), difference, 0)
+    return difference.square().sum(dtype=torch.float64)
 
 
 def psnr(mean_squared_error: float, peak: float) -> float:

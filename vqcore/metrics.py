@@ -1,8 +1,8 @@
 """How a codebook is used, from counts of codes.
 
-Counts are summed over all workers and a whole split before they come here: a mean of batch perplexities is not a perplexity.
-[K], or [L, K] for one result per level; the last dimension is codes. Counts of zero everywhere mean that nothing was
-encoded, and each function says what it returns then.
+Counts are summed over all workers and a whole split before they come here: a mean of batch perplexities is not a
+perplexity. [K], or [L, K] for one result per level; the last dimension is codes. Counts of zero everywhere mean that
+nothing was encoded, and each function says what it returns then.
 """
 
 import torch
@@ -47,7 +47,7 @@ def entropy_bits(counts: Shaped[Tensor, "*L K"]) -> Float[Tensor, "*L"]:
 
 
 def perplexity(counts: Shaped[Tensor, "*L K"]) -> Float[Tensor, "*L"]:
-    """exp of the entropy, from 1 (one code) to K (all alike): the number of equally used codes; 0 where nothing was encoded."""
+    """exp of the entropy: how many equally used codes there might be, from 1 to K; 0 where nothing was encoded."""
     share = _shares(counts)
     return torch.exp(-torch.special.xlogy(share, share).sum(-1)) * (share.sum(-1) > 0)
 

@@ -1,7 +1,7 @@
 """Random numbers as a function of where they are used, not of who draws them.
 
-A draw is a hash of (seed, step, key, level, head, draw), or of (seed, step, index) where all workers share it. Any number of
-workers, any split and any order of the rows therefore see the same numbers, and nothing has to be kept in a checkpoint.
+A draw is a hash of (seed, step, key, level, head, draw), or of (seed, step, index) where all workers share it. Any
+number of workers, any split and any order of rows therefore see the same numbers, and a checkpoint keeps only the step.
 The hash is SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014): every
 coordinate is added times its own odd constant and passed through the finaliser (Stafford's mix 13) before the next one.
 It is integer arithmetic, so all devices draw the same integers. Checkpoints depend on it: it never changes.
