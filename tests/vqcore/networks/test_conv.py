@@ -59,7 +59,7 @@ def test_one_down_sampling_fewer_than_multipliers_and_the_decoder_undoes_them(
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    """In float32 beside other neighbours; alone in float64 only, as another batch size rounds convolutions otherwise."""
+    """In float32 beside other neighbours; alone in float64 only, as convolutions round by batch size."""
     encoder = ConvEncoder(3, 16, (1, 2), 1, 8, True, (1,), patch=2)
     decoder = ConvDecoder(8, 16, (1, 2), 1, 3, True, (1,), patch=2)
     x = torch.randn(5, 3, 16, 16)
