@@ -12,6 +12,9 @@ from torch import Tensor
 
 from pipelines.errors import Refused, nearest_names
 
+NOT_TEST = "not test"
+"""A row's split where the data has an official test split but no valid one: train or valid, by the group's hash."""
+
 
 class CorpusSettings(BaseModel):
     """How raw files become rows; all of it is kept in the manifest and in the card of what is trained on it."""
@@ -54,7 +57,7 @@ class Row:
     group: str
     """What the split hashes, so that what belongs together stays together."""
     split: str | None = None
-    """`train`, `valid` or `test` where the data has official splits; they win over the hash."""
+    """`train`, `valid`, `test` or NOT_TEST where the data has official splits; they win over the hash."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,10 @@ class Corpus:
     `unit` counts from slice.start; `wanted(unit)` is False for units left out by --limit: they are not decoded."""
     schema: Callable[[Any], pa.Schema]
     """settings -> Arrow fields of the rows, without the platform's own row_id and split."""
-    tensors: Callable[[pa.Table | pa.RecordBatch, Any], dict[str, Tensor]]
-    """Columns as stored -> columns a recipe sees (decodes images stored in their original encoding)."""
+    shapes: Callable[[Any], dict[str, list[int] | None]]
+    """settings -> tensor column a recipe sees -> shape of one row; None where rows differ in shape."""
+    tensors: Callable[[dict[str, Any], Any], dict[str, Tensor]]
+    """Columns as ShardReader.take gives them -> columns a recipe sees (decodes images kept in their encoding)."""
     write_files: Callable[[dict[str, Tensor], list[str], str, Any], None]
     """(columns, file stems, directory URI, settings) -> files people open: what `decode --format files` writes."""
 

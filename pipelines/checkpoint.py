@@ -1,0 +1,119 @@
+"""Checkpoints of a run: safetensors and JSON in directories whose JSON is written last. Nothing is ever unpickled."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pipelines import storage
+from pipelines.errors import Failed
+
+FORMAT = "vqray-checkpoint"
+VERSION = 1
+_NAME = re.compile(r"(\d{3})-(\d{12})/state\.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after `step` steps of stage number `stage`."""
+
+    stage: int
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    """JSON values beside the tensors: optimiser hyper-parameters, running totals, the seeding's sentence."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, under `<out>/checkpoints`. Written by rank 0, read by every worker."""
+
+    def __init__(self, out: str, keep: int = 2):
+        self.uri = storage.join(out, "checkpoints")
+        self.keep = keep
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write one checkpoint, then drop all but the newest `keep`."""
+        home = storage.join(self.uri, f"{checkpoint.stage:03d}-{checkpoint.step:012d}")
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.tensors.items()}
+        data = safetensors.torch.save(tensors)
+        storage.write_atomic(storage.join(home, "state.safetensors"), data)
+        record = {
+            "format": FORMAT,
+            "version": VERSION,
+            "sha256": storage.sha256_of_bytes(data),
+            "state": checkpoint.state,
+        }
+        storage.write_json_atomic(storage.join(home, "state.json"), record)
+        for stage, step in self.complete()[: -self.keep]:
+            storage.remove(storage.join(self.uri, f"{stage:03d}-{step:012d}"))
+
+    def complete(self) -> list[tuple[int, int]]:
+        """(stage, step) of every finished checkpoint, oldest first."""
+        if not storage.exists(self.uri):
+            return []
+        found = (_NAME.fullmatch(entry.name) for entry in storage.list_files(self.uri))
+        return sorted((int(match[1]), int(match[2])) for match in found if match)
+
+    def load(self, stage: int, step: int) -> Checkpoint:
+        """Read one checkpoint.
+
+        Raises:
+            Failed: its bytes are not those that were written, or another version of this program wrote it.
+        """
+        home = storage.join(self.uri, f"{stage:03d}-{step:012d}")
+        record = storage.read_json(storage.join(home, "state.json"))
+        if (record.get("format"), record.get("version")) != (FORMAT, VERSION):
+            given = f"{record.get('format')} version {record.get('version')}"
+            raise Failed(f"the checkpoint {home} is {given}; this program reads {FORMAT} version {VERSION}.")
+        data = storage.read_bytes(storage.join(home, "state.safetensors"))
+        if storage.sha256_of_bytes(data) != record["sha256"]:
+            raise Failed(f"the checkpoint {home} is damaged: state.safetensors does not have the digest in state.json.")
+        return Checkpoint(stage, step, safetensors.torch.load(data), record["state"])
+
+    def newest(self, warn: Callable[[str], None]) -> tuple[int, int] | None:
+        """(stage, step) of the newest checkpoint whose bytes are whole; older ones are tried when one is damaged."""
+        for stage, step in reversed(self.complete()):
+            try:
+                self.load(stage, step)
+            except Failed as damage:
+                warn(f"{damage} Trying the one before it.")
+            else:
+                return stage, step
+        return None
+
+
+def pack(model: nn.Module, optimisers: dict[str, Optimizer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of a model and its optimisers as (tensors, JSON values)."""
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    plain: dict[str, Any] = {}
+    for group, optimiser in optimisers.items():
+        packed = optimiser.state_dict()
+        values: dict[str, dict[str, Any]] = {}
+        for index, slots in packed["state"].items():
+            for slot, value in slots.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimiser/{group}/{index}/{slot}"] = value
+                else:
+                    values.setdefault(str(index), {})[slot] = value
+        plain[group] = {"param_groups": packed["param_groups"], "state": values}
+    return tensors, {"optimisers": plain}
+
+
+def unpack(checkpoint: Checkpoint, model: nn.Module, optimisers: dict[str, Optimizer]) -> None:
+    """Put a packed state back, strictly: missing, unknown or differently shaped entries are refused."""
+    model.load_state_dict(_under(checkpoint.tensors, "model/"), strict=True)
+    for group, optimiser in optimisers.items():
+        packed = checkpoint.state["optimisers"][group]
+        state: dict[int, dict[str, Any]] = {int(index): dict(slots) for index, slots in packed["state"].items()}
+        for name, tensor in _under(checkpoint.tensors, f"optimiser/{group}/").items():
+            index, slot = name.split("/", 1)
+            state.setdefault(int(index), {})[slot] = tensor
+        optimiser.load_state_dict({"state": state, "param_groups": packed["param_groups"]})
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,149 @@
+"""Metrics of a bundle over a whole split: every shard adds its sums, and metrics are taken once at the end."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines import registry, storage, trained
+from pipelines.errors import Refused
+from pipelines.feed import read_columns, to_batch
+from pipelines.options import differences
+from pipelines.parts import run_parts
+from pipelines.pictures import usage_plot
+from pipelines.recipe import Batch
+from pipelines.shards import ShardReader
+from pipelines.trained import Trained
+from vqcore import metrics
+
+ROWS_AT_ONCE = 128
+PICTURED = 8
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    out: str
+    digest: str
+    """Of the evaluated bundle."""
+    rows: int
+    metrics: dict[str, float]
+    pictures: list[str]
+    skipped: bool
+
+
+def evaluate(bundle: str, shards: str, out: str, split: str = "test") -> Evaluation:
+    """Measure a bundle on one split (or `all`) of a manifest; write metrics.json and pictures to `out`.
+
+    Raises:
+        Refused: the shards were prepared otherwise than the bundle's training data, the split is empty, or `out`
+            holds the evaluation of something else.
+    """
+    out, shards = storage.normalise(out), storage.normalise(shards)
+    directory = registry.local_bundle(bundle)
+    model = trained.open_trained(directory)
+    reader = ShardReader(shards)
+    trained.check_fits(model.card, reader.manifest.kind, reader.manifest.settings, shards)
+    if reader.rows(split) == 0:
+        raise Refused(f"{shards} has no rows in split {split!r}: name another with --split.")
+    request = {"bundle": model.digest, "shards": reader.manifest.digest, "split": split}
+    home = storage.join(out, "metrics.json")
+    if storage.exists(home):
+        record = storage.read_json(home)
+        if different := differences(record["request"], request):
+            raise Refused(f"{out} holds another evaluation ({'; '.join(different)}); choose another --out.")
+        pictures = [storage.join(out, name) for name in record["pictures"]]
+        return Evaluation(out, model.digest, int(record["metrics"]["rows"]), record["metrics"], pictures, True)
+    sums = _sums_over(directory, reader, split)
+    found = {**_shared_metrics(model, sums), **model.recipe.summarise(sums)}
+    names = _draw(model, reader, split, sums["counts"], out)
+    storage.write_json_atomic(home, {"request": request, "metrics": found, "pictures": names})
+    return Evaluation(
+        out, model.digest, int(found["rows"]), found, [storage.join(out, name) for name in names], skipped=False
+    )
+
+
+def batches_of(reader: ShardReader, shard: int, split: str) -> Iterator[Batch]:
+    """One shard's rows of a split, in order, as batches of at most `ROWS_AT_ONCE`."""
+    first, stop = reader.span(shard, split)
+    for low in range(first, stop, ROWS_AT_ONCE):
+        ordinals = np.arange(low, min(low + ROWS_AT_ONCE, stop), dtype=np.int64)
+        columns, row_ids = read_columns(reader, split, ordinals)
+        yield to_batch(columns, row_ids, np.ones(len(ordinals), dtype=bool))[0]
+
+
+def _sums_over(directory: Path, reader: ShardReader, split: str) -> dict[str, Tensor]:
+    config = {"bundle": str(directory), "shards": reader.uri, "split": split}
+    parts = [n for n in range(len(reader.manifest.shards)) if reader.span(n, split)[0] < reader.span(n, split)[1]]
+    totals: dict[str, Tensor] = {}
+    for record in run_parts(parts, _measure_shard, config, label="evaluate", unit="shard"):
+        for name, value in record.items():
+            added = torch.tensor(value, dtype=torch.float64)
+            totals[name] = totals[name] + added if name in totals else added
+    return totals
+
+
+def _measure_shard(shard: int, config: dict[str, Any]) -> dict[str, Any]:
+    """One shard's sums, as JSON values."""
+    model = opened(config["bundle"])
+    reader = ShardReader(config["shards"])
+    sizes = [size for size, _ in model.recipe.codebooks(model.settings)]
+    totals: dict[str, Tensor] = {}
+    for batch in batches_of(reader, shard, config["split"]):
+        with torch.inference_mode():
+            measured = model.recipe.measure(model.model, batch)
+        per_level = measured.codes.flatten(1, -2).unbind(-1) if len(sizes) > 1 else [measured.codes]
+        counts = [metrics.counts_of(codes, k) for codes, k in zip(per_level, sizes, strict=True)]
+        padded = torch.stack([torch.nn.functional.pad(c, (0, max(sizes) - len(c))) for c in counts])
+        found = {**measured.sums, "rows": batch.mask.sum(), "counts": padded}
+        for name, value in found.items():
+            totals[name] = totals[name] + value.double() if name in totals else value.double()
+    return {name: value.tolist() for name, value in totals.items()}
+
+
+_OPENED: dict[str, Trained] = {}
+
+
+def opened(directory: str) -> Trained:
+    """The bundle, loaded once per worker process: a bundle directory never changes."""
+    if directory not in _OPENED:
+        _OPENED.clear()
+        _OPENED[directory] = trained.open_trained(Path(directory))
+    return _OPENED[directory]
+
+
+def _shared_metrics(model: Trained, sums: dict[str, Tensor]) -> dict[str, float]:
+    """What every recipe is measured by; of several levels, the mean over levels."""
+    sizes = [size for size, _ in model.recipe.codebooks(model.settings)]
+    counts = [row[:size] for row, size in zip(sums["counts"], sizes, strict=True)]
+    rows = float(sums["rows"])
+    codes_per_row = float(sums["counts"].sum()) / len(sizes) / rows if rows else 0.0
+    return {
+        "rows": rows,
+        "num_codes": float(sum(sizes)),
+        "usage": sum(float(metrics.usage(c)) for c in counts) / len(counts),
+        "perplexity": sum(float(metrics.perplexity(c)) for c in counts) / len(counts),
+        "dead_codes": sum(float(metrics.dead_codes(c)) for c in counts),
+        "gini": sum(float(metrics.gini(c)) for c in counts) / len(counts),
+        "bits_per_row": codes_per_row * sum(math.log2(size) for size in sizes),
+    }
+
+
+def _draw(model: Trained, reader: ShardReader, split: str, counts: Tensor, out: str) -> list[str]:
+    """The recipe's pictures of rows spread over the split, and the usage plot."""
+    figures = {"usage": usage_plot(counts, f"{model.recipe.name}: codes on {split}")}
+    if model.recipe.pictures is not None:
+        rows = reader.rows(split)
+        ordinals = np.unique(np.linspace(0, rows - 1, min(PICTURED, rows)).astype(np.int64))
+        columns, row_ids = read_columns(reader, split, ordinals)
+        batch, _ = to_batch(columns, row_ids, np.ones(len(ordinals), dtype=bool))
+        with torch.inference_mode():
+            figures = {**model.recipe.pictures(model.model, batch), **figures}
+    for name, figure in figures.items():
+        with storage.open_write(storage.join(out, f"{name}.png")) as file:
+            figure.savefig(file, format="png")
+    return [f"{name}.png" for name in figures]

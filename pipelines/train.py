@@ -1,0 +1,353 @@
+"""Ray Train around the training loop: workers, restarts, and the driver that shows and records what they say."""
+
+import os
+import sys
+import threading
+import time
+import uuid
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import ray
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+from tqdm import tqdm
+
+from pipelines import cluster, loop, recipe, storage, tracking, trained
+from pipelines.errors import Failed, Refused
+from pipelines.feed import Feed, columns_of
+from pipelines.loop import Event, Plan
+from pipelines.options import differences, validated
+from pipelines.plan import lanes_for
+from pipelines.shards import ShardReader
+from vqcore.reduction import resolve
+
+RUN = "vqray-run"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for. Only `recipe`, `preset`, `overrides` and `seed`, with the shards, change the result."""
+
+    recipe: str
+    shards: str
+    out: str
+    preset: str | None = None
+    """None: `paper` where there is CUDA, else `small`."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    workers: int = 1
+    gpus_per_worker: float = 0.0
+    checkpoint_every: int = 500
+    restarts: int = 3
+    """How often the worker group is started again from its newest checkpoint after a worker died."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    out: str
+    digest: str
+    """The bundle's."""
+    skipped: bool
+    metrics: dict[str, float]
+    run_id: str | None
+
+
+def train(request: Request) -> Outcome:
+    """Train a recipe on the train split of a manifest and leave a bundle in `<out>/bundle`.
+
+    Rerunning the same request resumes it, or does nothing when its bundle exists; another request for the same `out`
+    is refused. Checkpoints go to `<out>/checkpoints`.
+
+    Raises:
+        Refused: a mistake in the request, before anything is started.
+        Failed: training ended early; everything up to the newest checkpoint is kept.
+    """
+    out = storage.normalise(request.out)
+    reader = ShardReader(storage.normalise(request.shards))
+    plan, preset = _plan(request, reader, out)
+    about = _about(plan, preset, reader)
+    _claim(out, about)
+    if storage.exists(storage.join(out, "bundle", "card.json")):
+        return _finished(out)
+    cluster.connect()
+    _check_room(request)
+    run = tracking.start_run(
+        experiment=plan.recipe,
+        name=os.path.basename(out.rstrip("/")),
+        settings=about["settings"],
+        tags={"kind": "train", "shards_digest": reader.manifest.digest, "workers": str(request.workers)},
+        resume_run_id=_recorded_run(out),
+    )
+    storage.write_json_atomic(storage.join(out, "tracking.json"), {"run_id": run.id})
+    try:
+        _fit(request, plan, about, run)
+    except BaseException:
+        run.finish("FAILED")
+        raise
+    run.tags({"bundle_digest": _finished(out).digest})
+    run.finish("FINISHED")
+    storage.remove(storage.join(out, "ray"))
+    return Outcome(**{**asdict(_finished(out)), "skipped": False, "run_id": run.id})
+
+
+def _plan(request: Request, reader: ShardReader, out: str) -> tuple[Plan, str]:
+    found = recipe.load(request.recipe)
+    manifest = reader.manifest
+    if manifest.kind not in found.corpus:
+        raise Refused(
+            f"recipe {request.recipe!r} trains on {' or '.join(found.corpus)}; {reader.uri} holds {manifest.kind}."
+        )
+    preset = request.preset or ("paper" if torch.cuda.is_available() else "small")
+    if preset not in found.presets:
+        raise Refused(f"recipe {request.recipe!r} has no preset {preset!r}; allowed: {', '.join(found.presets)}.")
+    if request.preset is None:
+        print(f"preset {preset!r} ({'CUDA found' if preset == 'paper' else 'no CUDA here'})", file=sys.stderr)
+    settings = validated(found.Settings, {**found.presets[preset], **request.overrides}, f"recipe {request.recipe!r}")
+    resolved = found.resolve(settings, columns_of(manifest))
+    for key in request.overrides:
+        if getattr(settings, key) != getattr(resolved, key):
+            raise Refused(f"{key} follows from the shards ({getattr(resolved, key)}); leave it out of --set.")
+    if reader.rows("train") == 0:
+        raise Refused(
+            f"{reader.uri} has no rows in its train split ({manifest.rows} rows in all): ingest more files"
+            " or a smaller holdout."
+        )
+    lanes = _recorded_lanes(out) or lanes_for(resolved.batch_size, request.workers)
+    if request.workers > lanes:
+        raise Refused(
+            f"this run was begun with {lanes} lanes, so it takes at most {lanes} workers, not {request.workers}."
+        )
+    settings_json = resolved.model_dump(mode="json")
+    return Plan(
+        request.recipe, settings_json, reader.uri, request.seed, lanes, out, checkpoint_every=request.checkpoint_every
+    ), preset
+
+
+def _about(plan: Plan, preset: str, reader: ShardReader) -> dict[str, Any]:
+    """What the result depends on: what reruns must repeat, and what the card tells."""
+    found = recipe.load(plan.recipe)
+    books = found.codebooks(found.Settings(**plan.settings))
+    return {
+        "recipe": plan.recipe,
+        "preset": preset,
+        "settings": plan.settings,
+        "seed": plan.seed,
+        "lanes": plan.lanes,
+        "corpus": {"kind": reader.manifest.kind, "settings": reader.manifest.settings},
+        "codebooks": [{"num_codes": k, "code_dim": d} for k, d in books],
+        "fitted_on": {"split": "train", "rows": reader.rows("train")},
+        "parents": {"shards": reader.manifest.digest},
+    }
+
+
+def _claim(out: str, about: dict[str, Any]) -> None:
+    """Make `out` this run's, or find that it is; refuse a directory that belongs to another request."""
+    home = storage.join(out, "run.json")
+    if not storage.exists(home):
+        storage.write_json_atomic(home, {"format": RUN, "version": VERSION, **about})
+        return
+    recorded = storage.read_json(home)
+    if (recorded.pop("format", None), recorded.pop("version", None)) != (RUN, VERSION):
+        raise Refused(f"{home} was not written by this version of vqray; choose another --out.")
+    if different := differences(recorded, about):
+        raise Refused(
+            f"{out} holds a run with other settings ({'; '.join(different)})."
+            " Choose another --out, or repeat its settings."
+        )
+
+
+def _recorded_lanes(out: str) -> int | None:
+    home = storage.join(out, "run.json")
+    return int(storage.read_json(home)["lanes"]) if storage.exists(home) else None
+
+
+def _recorded_run(out: str) -> str | None:
+    home = storage.join(out, "tracking.json")
+    return str(storage.read_json(home)["run_id"]) if storage.exists(home) else None
+
+
+def _finished(out: str) -> Outcome:
+    card = storage.read_json(storage.join(out, "bundle", "card.json"))
+    return Outcome(out, card["digest"], True, card["metrics"], _recorded_run(out))
+
+
+def _check_room(request: Request) -> None:
+    """A worker group that can never start would wait for ever, so it is refused at once."""
+    cpus = cluster.cpus()
+    if request.workers < 1 or request.workers > cpus:
+        raise Refused(
+            f"--workers {request.workers} needs as many CPUs; this cluster has {cpus}."
+            f" Use --workers 1 to {cpus}, or connect to a larger cluster with RAY_ADDRESS."
+        )
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    if request.workers * request.gpus_per_worker > gpus:
+        raise Refused(
+            f"--workers {request.workers} x --gpus-per-worker {request.gpus_per_worker:g} needs"
+            f" {request.workers * request.gpus_per_worker:g} GPUs; this cluster has {gpus:g}."
+        )
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Between workers and driver. Outlives the worker group, so it also remembers an error that no restart mends."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.error: tuple[str, str] | None = None
+
+    def put(self, events: list[Event]) -> None:
+        self.events += events
+
+    def take(self) -> list[Event]:
+        events, self.events = self.events, []
+        return events
+
+    def fail(self, kind: str, text: str) -> None:
+        self.error = self.error or (kind, text)
+
+    def failure(self) -> tuple[str, str] | None:
+        return self.error
+
+
+class Outbox:
+    """A worker's end of the mailbox: batches events, and of progress keeps only the newest."""
+
+    def __init__(self, mailbox: Any, every: float = 0.25):
+        self.mailbox, self.every = mailbox, every
+        self.waiting: list[Event] = []
+        self.sent = 0.0
+
+    def tell(self, event: Event) -> None:
+        if event["kind"] == "progress" and self.waiting and self.waiting[-1]["kind"] == "progress":
+            self.waiting.pop()
+        self.waiting.append(event)
+        if time.monotonic() - self.sent > self.every:
+            self.flush()
+
+    def flush(self) -> None:
+        events, self.waiting = self.waiting, []
+        self.sent = time.monotonic()
+        self.mailbox.put.remote(events)
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Runs on every worker. An error of ours ends the run for good; anything else is a fault and may be restarted."""
+    mailbox = config["mailbox"]
+    if ray.get(mailbox.failure.remote()):
+        return
+    torch.set_num_threads(config["threads"])
+    plan = Plan(**config["plan"])
+    outbox = Outbox(mailbox)
+    try:
+        device = torch.device("cuda", torch.cuda.current_device()) if config["gpu"] else torch.device("cpu")
+        model, totals = loop.train(plan, Feed(ShardReader(plan.shards)), device, outbox.tell)
+        if resolve(None).rank == 0:
+            outbox.flush()
+            trained.write_trained(plan.out, model, {**config["about"], "metrics": totals.latest})
+    except (Refused, Failed, ValueError) as error:
+        outbox.flush()
+        ray.get(mailbox.fail.remote(type(error).__name__, str(error)))
+        raise
+
+
+def _fit(request: Request, plan: Plan, about: dict[str, Any], run: tracking.Run) -> None:
+    """Start the workers, and until they are done show and record what they say."""
+    # The controller looks at its workers this often; its default of 2 s would add that much to every start and end.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+    config = {
+        "mailbox": mailbox,
+        "plan": asdict(plan),
+        "about": about,
+        "threads": max(1, cluster.cpus() // request.workers) if not request.gpus_per_worker else 1,
+        "gpu": request.gpus_per_worker > 0,
+    }
+    resources = {"CPU": 1.0, **({"GPU": request.gpus_per_worker} if request.gpus_per_worker else {})}
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if request.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=request.workers, use_gpu=request.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        # Ray would continue an old run of the same name from its own checkpoints; ours are in `out`, so names are new.
+        run_config=RunConfig(
+            name=uuid.uuid4().hex,
+            storage_path=storage.join(plan.out, "ray"),
+            failure_config=FailureConfig(max_failures=request.restarts),
+        ),
+    )
+    fault: TrainingFailedError | None = None
+    with Listener(mailbox, run):
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            fault = error
+    if failure := ray.get(mailbox.failure.remote()):
+        raise Failed(f"{failure[1]} (checkpoints so far are in {plan.out})")
+    if fault is not None:
+        last = str(fault).strip().splitlines()[-1] if str(fault).strip() else type(fault).__name__
+        raise Failed(
+            f"training stopped after {request.restarts} restarts: {last}."
+            f" Run the same command again to go on from the newest checkpoint in {plan.out}."
+        ) from fault
+
+
+class Listener:
+    """Drains the mailbox on a thread of the driver, the only writer of the tracking store."""
+
+    def __init__(self, mailbox: Any, run: tracking.Run, every: float = 0.5):
+        self.mailbox, self.run, self.every = mailbox, run, every
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._listen, name="listener", daemon=True)
+        self.bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+        if self.bar is not None:
+            self.bar.close()
+
+    def _listen(self) -> None:
+        while True:
+            finished = self.done.wait(self.every)
+            for event in ray.get(self.mailbox.take.remote()):
+                self._hear(event)
+            if finished:
+                return
+
+    def _hear(self, event: Event) -> None:
+        match event["kind"]:
+            case "log":
+                tqdm.write(event["text"], file=sys.stderr)
+            case "progress":
+                self._show(event)
+            case "metrics":
+                self.run.log_metrics([(event["run_step"], event["metrics"])])
+                if self.bar is not None:
+                    self.bar.set_postfix(_headline(event["metrics"]), refresh=False)
+
+    def _show(self, event: Event) -> None:
+        name = f"train {event['stage']}"
+        if self.bar is None or self.bar.desc != name:
+            if self.bar is not None:
+                self.bar.close()
+            first = event["step"] - 1
+            self.bar = tqdm(total=event["steps"], initial=first, desc=name, unit="step", file=sys.stderr)
+        self.bar.update(event["step"] - self.bar.n)
+
+
+def _headline(metrics: dict[str, float]) -> dict[str, str]:
+    """The two or three numbers a person watches."""
+    shown = {}
+    for name, value in metrics.items():
+        if name.startswith("train/loss/") or name.endswith("usage"):
+            shown[name.removeprefix("train/").removeprefix("loss/")] = f"{value:.3g}"
+    return shown

@@ -1,0 +1,131 @@
+"""The law of DESIGN section 4 on real processes: W workers on W parts reach what one worker reaches on the whole.
+
+Groups of 1, 2 and 4 gloo workers (uneven, empty and fully masked parts) run once for all tests.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.multiprocessing
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.contracts.workers import KINDS, LOOPS, PARTS, K, run
+
+SEEDINGS = [
+    f"{metric}-{seeding}" for metric in ("euclidean", "cosine") for seeding in ("random_rows", "kmeans_plus_plus")
+]
+
+
+class Result(NamedTuple):
+    """What one process saved."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        return {key: value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Result]]:
+    folder: Path = tmp_path_factory.mktemp("workers")
+    groups = [
+        torch.multiprocessing.start_processes(_start, (world, folder), world, join=False, start_method="spawn")
+        for world in PARTS
+        if world > 1
+    ]
+    run(0, 1, folder)  # here, while the others are still importing torch
+    for group in groups:
+        while not group.join(timeout=240):
+            pass
+    return {
+        world: [
+            Result(
+                load_file(folder / f"{world}-{rank}.safetensors"),
+                json.loads((folder / f"{world}-{rank}.json").read_text()),
+            )
+            for rank in range(world)
+        ]
+        for world in PARTS
+    }
+
+
+def _start(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    run(rank, world, folder)
+
+
+def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], atol: float) -> None:
+    assert found.keys() == wanted.keys()
+    assert found
+    for key, value in found.items():
+        torch.testing.assert_close(value, wanted[key], rtol=0, atol=atol, msg=lambda said, key=key: f"{key}: {said}")
+
+
+def assert_bit_identical(workers: list[Result], prefix: str) -> None:
+    first = workers[0].under(prefix)
+    assert first
+    for worker in workers[1:]:
+        for key, value in worker.under(prefix).items():
+            assert value.numpy().tobytes() == first[key].numpy().tobytes(), key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_parts_reach_the_codebook_of_the_whole(results: dict[int, list[Result]], world: int, kind: str) -> None:
+    (alone,), workers = results[1], results[world]
+    assert any(revived for _, revived in alone.facts[f"law/{kind}"]["calls"]), "the case must revive something"
+    assert_bit_identical(workers, f"law/{kind}/state/")
+    assert_close(workers[0].under(f"law/{kind}/state/"), alone.under(f"law/{kind}/state/"), 1e-6)
+    for step in range(4):
+        name = f"law/{kind}/{step}"
+        codes = torch.cat([worker.tensors[f"{name}/codes"] for worker in workers])
+        assert torch.equal(codes, alone.tensors[f"{name}/codes"])
+        loss = sum(worker.tensors[f"{name}/loss"] for worker in workers) / world
+        torch.testing.assert_close(loss, alone.tensors[f"{name}/loss"])
+        squared_error = sum(worker.tensors[f"{name}/squared_error"] for worker in workers)
+        torch.testing.assert_close(squared_error, alone.tensors[f"{name}/squared_error"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world", PARTS)
+def test_a_step_is_one_reduce_and_two_only_where_a_code_is_dead(
+    results: dict[int, list[Result]], world: int, kind: str
+) -> None:
+    for worker in results[world]:
+        facts = worker.facts[f"law/{kind}"]
+        assert all(calls == 1 + revived for calls, revived in facts["calls"])
+        assert facts["eval"] == 0
+        assert facts == results[1][0].facts[f"law/{kind}"]
+
+
+@pytest.mark.parametrize("seeding", SEEDINGS)
+@pytest.mark.parametrize("how", ["seed", "gather"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_seeding_gives_one_codebook_to_any_number_of_workers(
+    results: dict[int, list[Result]], world: int, how: str, seeding: str
+) -> None:
+    prefix = f"{how}/{seeding}/"
+    (alone,), workers = results[1], results[world]
+    assert alone.tensors[f"{prefix}codebook.seeded"]
+    assert len(alone.tensors[f"{prefix}codebook.vectors"].unique(dim=0)) == K
+    assert_bit_identical([alone, *workers] if how == "seed" else workers, prefix)
+    assert_close(workers[0].under(prefix), alone.under(prefix), 1e-6)
+
+
+@pytest.mark.parametrize(("name", "atol"), [("float64", 1e-9), ("float32", 1e-5)])
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_training_run_reaches_the_same_weights(
+    results: dict[int, list[Result]], world: int, name: str, atol: float
+) -> None:
+    (alone,), workers = results[1], results[world]
+    codes = torch.cat([worker.tensors[f"loop/{name}/codes"] for worker in workers], dim=1)
+    assert codes.shape[0] == LOOPS[name][1]
+    assert torch.equal(codes, alone.tensors[f"loop/{name}/codes"]), "a code flipped; choose another seed"
+    assert (codes >= 0).any()
+    assert_bit_identical(workers, f"loop/{name}/state/")
+    assert_close(workers[0].under(f"loop/{name}/state/"), alone.under(f"loop/{name}/state/"), atol)

@@ -1,0 +1,179 @@
+"""The sample is the same for any number of workers; what is made of it is checked against numpy, faiss and chance."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.together import Seat, together
+from vqcore.reduction import Alone
+from vqcore.seeding import Offer, draw_sample, kmeans_plus_plus, random_rows, sample_size, scaled_spherical, share
+
+ROWS, D = 300, 5
+LIKE = torch.zeros(8, D)
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def offer(x: Tensor, rows: Tensor) -> Offer:
+    """Rows of `x` keyed by their index; every tenth is not usable."""
+    usable = rows % 10 != 0
+    return Offer(torch.where(usable.unsqueeze(-1), x[rows], 0.0), usable, rows, int((~usable).sum()))
+
+
+@pytest.mark.parametrize("size", [8, 50, 1000])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_sample_does_not_depend_on_the_workers(world: int, size: int) -> None:
+    x = drawn(0, ROWS, D)
+    alone = draw_sample([offer(x, torch.arange(ROWS))], LIKE, seed=3, reduce=Alone(), size=size)
+
+    def work(seat: Seat) -> tuple[Tensor, int, int]:
+        mine = torch.arange(ROWS)[torch.arange(ROWS) % 3 == seat.rank] if seat.rank < 3 else torch.arange(0)
+        if seat.world < 3:
+            mine = torch.arange(ROWS)[torch.arange(ROWS) % seat.world == seat.rank]
+        batches = (offer(x, part) for part in mine.split(17) if len(part))
+        return tuple(draw_sample(batches, LIKE, seed=3, reduce=seat, size=size))
+
+    for rows, seen, non_finite in together(world, work):
+        assert torch.equal(rows, alone.rows)
+        assert (seen, non_finite) == (270, 30) == (alone.seen, alone.non_finite)
+
+
+def test_the_sample_is_a_uniform_draw_without_repeats_in_random_order() -> None:
+    x = torch.arange(ROWS).float().unsqueeze(-1).expand(ROWS, D).contiguous()
+    hits = torch.zeros(ROWS)
+    firsts = torch.zeros(ROWS)
+    for seed in range(200):
+        rows = draw_sample([offer(x, torch.arange(ROWS))], LIKE, seed=seed, reduce=Alone(), size=27).rows[:, 0].long()
+        assert len(rows.unique()) == 27
+        hits[rows] += 1
+        firsts[rows[0]] += 1
+    assert hits[::10].sum() == 0, "unusable rows were drawn"
+    usable = torch.arange(ROWS) % 10 != 0
+    assert ((hits[usable] - 20).square() / 18).mean().item() == pytest.approx(1.0, abs=0.3)  # binomial(200, 0.1)
+    assert firsts.max() <= 6
+
+
+def test_too_few_vectors_is_an_error_on_every_worker() -> None:
+    x = drawn(0, ROWS, D)
+
+    def work(seat: Seat) -> str:
+        with pytest.raises(ValueError) as error:
+            draw_sample([offer(x, torch.arange(4))] if seat.rank == 0 else [], LIKE, seed=0, reduce=seat)
+        return str(error.value)
+
+    for message in together(2, work):
+        assert "3 usable" in message
+        assert "8 codes" in message
+
+
+def test_the_sample_is_bounded() -> None:
+    assert sample_size(256, 64) == 65536
+    assert sample_size(4096, 64) == 4096 * 64
+    assert sample_size(8192, 256) == 131072
+    assert sample_size(300000, 1024) == 300000
+
+
+def test_share_gives_every_worker_the_bits_of_the_first() -> None:
+    results = together(3, lambda seat: share(LIKE + 0.1 * (1 + seat.rank), seat))
+    assert all(torch.equal(result, LIKE + 0.1) for result in results)
+
+
+def test_random_rows_are_different_rows() -> None:
+    rows = drawn(1, 40, D)
+    made = random_rows(rows, 8, metric="euclidean", seed=0)
+    assert torch.equal(made, rows[:8])
+
+
+def blobs(count: int, each: int) -> tuple[Tensor, Tensor]:
+    centres = 10 * drawn(4, count, D)
+    x = centres.repeat_interleave(each, 0) + 0.01 * drawn(5, count * each, D)
+    return centres, x[torch.randperm(len(x), generator=torch.Generator().manual_seed(6))]
+
+
+def test_kmeans_plus_plus_finds_every_separated_cluster() -> None:
+    centres, x = blobs(40, 25)
+    made = kmeans_plus_plus(x, 40, metric="euclidean", seed=0)
+    nearest = torch.cdist(centres, made).min(1).values
+    assert nearest.max() < 0.05
+    missed = torch.cdist(centres, random_rows(x, 40, metric="euclidean", seed=0)).min(1).values
+    assert missed.max() > 1.0, "the case is too easy"
+
+
+def test_the_second_centre_is_drawn_by_squared_distance() -> None:
+    """Arthur and Vassilvitskii 2007, step 1b: from 0, the points 1 and 3 have weights 1 and 9."""
+    rows = torch.tensor([[0.0], [1.0], [3.0], [0.0]])
+    far = [kmeans_plus_plus(rows, 2, metric="euclidean", seed=seed, iterations=0)[1].item() for seed in range(400)]
+    assert set(far) == {1.0, 3.0}
+    assert far.count(3.0) / 400 == pytest.approx(0.9, abs=0.05)
+
+
+def test_lloyd_matches_a_numpy_reference() -> None:
+    rows = drawn(2, 500, D)
+    centres = kmeans_plus_plus(rows, 12, metric="euclidean", seed=1, iterations=0).double().numpy()
+    x = rows.double().numpy()
+    for _ in range(6):
+        codes = ((x[:, None] - centres) ** 2).sum(-1).argmin(1)
+        centres = np.stack([x[codes == k].mean(0) if (codes == k).any() else centres[k] for k in range(12)])
+    made = kmeans_plus_plus(rows, 12, metric="euclidean", seed=1, iterations=6)
+    np.testing.assert_allclose(made.numpy(), centres, atol=1e-5)
+
+
+def test_the_objective_is_as_good_as_that_of_faiss() -> None:
+    faiss = pytest.importorskip("faiss", reason="faiss-cpu, of the dev extra, is the reference here")
+    rows = drawn(3, 4000, 8)
+    reference = faiss.Kmeans(8, 64, niter=25, nredo=5, seed=1, max_points_per_centroid=10000)
+    reference.train(rows.numpy())
+    best = torch.cdist(rows, torch.from_numpy(reference.centroids)).min(1).values.square().sum()
+    made = kmeans_plus_plus(rows, 64, metric="euclidean", seed=0, iterations=25)
+    assert torch.cdist(rows, made).min(1).values.square().sum() <= 1.02 * best
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_fewer_distinct_vectors_than_codes(offset: float) -> None:
+    """facebookresearch/faiss tests 5 distinct points for 10 centroids; lucidrains gives 30 distinct of 64."""
+    distinct = drawn(7, 5, D) + offset
+    rows = distinct.repeat(20, 1)
+    made = kmeans_plus_plus(rows, 10, metric="euclidean", seed=0, iterations=0)
+    assert made.shape == (10, D)
+    assert torch.equal(made[:5].unique(dim=0), distinct.unique(dim=0)), "the first five must be all there are"
+
+
+def test_many_codes_are_drawn_several_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vqcore.seeding._MOST_ROUNDS", 8)
+    centres, x = blobs(30, 40)
+    made = kmeans_plus_plus(x, 60, metric="euclidean", seed=0)
+    assert len(made.unique(dim=0)) == 60
+    assert torch.cdist(centres, made).min(1).values.max() < 0.05
+
+
+def test_cosine_centres_are_directions() -> None:
+    x = torch.nn.functional.normalize(drawn(8, 400, D), dim=-1)
+    made = kmeans_plus_plus(x, 16, metric="cosine", seed=0)
+    torch.testing.assert_close(made.norm(dim=-1), torch.ones(16))
+    codes = (x @ made.T).argmax(-1)
+    for k in range(16):
+        mean = x[codes == k].double().mean(0)
+        assert torch.cosine_similarity(mean, made[k].double(), dim=0) > 0.99
+
+
+def test_scaled_spherical_gives_directions_the_mean_length_of_their_cluster() -> None:
+    """CLVQ-VAE: scaling all inputs scales the lengths only; lengths are means over clusters of directions."""
+    directions = torch.nn.functional.normalize(drawn(9, 6, D), dim=-1)
+    lengths = 20 + 10 * torch.rand(600, 1, generator=torch.Generator().manual_seed(1))
+    x = directions.repeat(100, 1) * lengths
+    x[599] = 0.0
+    seeding = partial(scaled_spherical, metric="euclidean", seed=0)
+    made = seeding(x, 6)
+    order = (directions @ made.T).argmax(-1)
+    assert len(order.unique()) == 6
+    for k in range(6):
+        wanted = directions[k] * lengths[k::6][: 100 - (k == 5)].mean()
+        torch.testing.assert_close(made[order[k]], wanted, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(seeding(3 * x, 6), 3 * made, rtol=1e-4, atol=1e-3)
+    with pytest.raises(ValueError, match=r"599 sampled vectors are not zero.*at least 600"):
+        seeding(x, 600)

@@ -1,0 +1,6 @@
+"""Quantizers: one file per method, all with the calls of `contract.Quantizer`."""
+
+from vqcore.quantizers.contract import Quantized, Quantizer, VectorBatch, quantizers_in
+from vqcore.quantizers.vector import VectorQuantizer
+
+__all__ = ["Quantized", "Quantizer", "VectorBatch", "VectorQuantizer", "quantizers_in"]

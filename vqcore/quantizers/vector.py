@@ -1,0 +1,308 @@
+"""Vector quantization: one codebook, nearest code, moving averages or gradients."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import get_args
+
+import torch
+from jaxtyping import Bool, Float, Int, Int64
+from torch import Tensor, nn
+
+from vqcore import assign, losses
+from vqcore.codebook import Codebook, pick, unit
+from vqcore.estimators import straight_through
+from vqcore.quantizers.contract import Quantized, VectorBatch
+from vqcore.quantizers.rows import Rows, full_precision, keys_of, rows_of
+from vqcore.reduction import Reduction, resolve
+from vqcore.seeding import Metric, Offer, Seeding, draw_sample, share
+from vqcore.update import Rule, Statistics, update
+
+Estimator = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class _Open:
+    """An update that `accumulate` has begun."""
+
+    count: int | None
+    statistics: Statistics
+    offers: list[Offer] = field(default_factory=list)
+
+
+class VectorQuantizer(nn.Module):
+    """Each vector becomes its nearest code (van den Oord et al. 2017, section 3; appendix A.1 for the moving average).
+
+    Shapes: x [..., D] of any leading dimensions, mask and keys [...]; a [16, 32, 32, 64] map is 16,384 vectors of
+    D = 64. Channels come last.
+
+    A training forward assigns with the old codebook, looks up, then updates at once: counts and sums of all workers in
+    one float64 reduce, EMA, read-out of the codes that got a vector, revival of dead codes (one more reduce, only on
+    steps that find any). Inside `accumulate` the update waits for the end of the block.
+
+    Arguments:
+        num_codes, code_dim: K and D.
+        metric: "euclidean", or "cosine" (x and codes on the unit sphere, also in the losses and the output).
+        decay: of the moving average, in [0, 1); None: the codebook is a parameter, moved by the codebook loss
+            (weight 1.0) and the caller's optimiser. Its counts still decay by 0.99 to tell dead codes.
+        estimator: (x, code vectors) -> output with the gradient wanted; see vqcore.estimators.
+        commitment_weight: of |x - sg(code)|^2 (beta of equation 3; 0.25 there).
+        seeding: a function of vqcore.seeding (kmeans_plus_plus, random_rows, scaled_spherical); None draws the codebook
+            from N(0, 1) by `seed`, at once.
+        revive_below: a code whose moving count is below this is replaced by a vector of the batch; 0 never.
+        reduce: sums a float64 tensor over workers in place; None: torch.distributed's default group if there is one at
+            the call, else nothing. Never called in eval mode.
+        seed: of every draw this quantizer makes.
+        eps: smoothing of the counts in the read-out.
+
+    Raises ValueError for arguments outside these.
+    """
+
+    discrete = True
+
+    def __init__(
+        self,
+        num_codes: int,
+        code_dim: int,
+        *,
+        metric: Metric = "euclidean",
+        decay: float | None = 0.99,
+        estimator: Estimator = straight_through,
+        commitment_weight: float = 0.25,
+        seeding: Seeding | None = None,
+        revive_below: float = 0.0,
+        reduce: Reduction | None = None,
+        seed: int = 0,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.rule = Rule(decay=decay, revive_below=revive_below, eps=eps, seed=seed)
+        _check(self.rule, num_codes, code_dim, metric, commitment_weight)
+        self.num_codes = num_codes
+        self.code_dim = code_dim
+        self.metric = metric
+        self.commitment_weight = commitment_weight
+        self.estimator = estimator
+        self.seeding = seeding
+        self.reduce = reduce
+        self.codebook = Codebook(num_codes, code_dim, unit_norm=metric == "cosine", learned=decay is None)
+        self._open: _Open | None = None
+        self._gathered: list[Offer] = []
+        if seeding is None:
+            generator = torch.Generator().manual_seed(seed)
+            drawn = torch.randn(num_codes, code_dim, generator=generator, dtype=torch.float32, device="cpu")
+            self.codebook.set_vectors(drawn)
+
+    def extra_repr(self) -> str:
+        name = getattr(self.estimator, "__name__", repr(self.estimator))
+        return f"metric={self.metric}, decay={self.rule.decay}, estimator={name}, revive_below={self.rule.revive_below}"
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the codebook holds something; forwards of an unseeded one gather in training and raise in eval."""
+        return self.codebook.is_seeded
+
+    @property
+    def last_counts(self) -> Tensor:
+        """float64 [K]: global number of vectors per code in the newest update; zeros before the first."""
+        return self.codebook.last_counts
+
+    def revived_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """The codebook and its rows revived in the newest update, where it is a parameter and there are any."""
+        if isinstance(self.codebook.vectors, nn.Parameter) and self.codebook.revived is not None:
+            return [(self.codebook.vectors, self.codebook.revived)]
+        return []
+
+    def forward(
+        self,
+        x: Float[Tensor, "*shape D"],
+        mask: Bool[Tensor, "*shape"] | None = None,
+        keys: Int64[Tensor, "*shape"] | None = None,
+    ) -> Quantized:
+        """Quantize `x`. Output vectors have the codebook's type (float32) also under autocast.
+
+        In training all workers must call it equally often, also with empty or fully masked parts. The loss is W x this
+        worker's sum / n, with n the global number of valid vectors (of the block inside `accumulate`); in eval mode
+        this call's own mean. Raises ValueError on wrong shapes or types, RuntimeError in eval mode while unseeded.
+        """
+        with full_precision(x.device):
+            given = rows_of(x, mask, self.code_dim, self.codebook.vectors.dtype)
+            if self.training and not self.seeded:
+                return self._gather(given, x, keys)
+            self.codebook.require_seeded()
+            rows = self._on_sphere(given)
+            readable = self.codebook.readable()
+            codes = self._assign(rows, readable)
+            chosen = pick(readable, codes)
+            squared = losses.squared_error(rows.x, chosen)
+            objective = self._objective(rows, codes, squared)
+            if self.training:
+                count, world = self._learn(rows, codes, x, keys)
+                output = torch.where(rows.valid.unsqueeze(-1), self.estimator(rows.x, chosen), 0.0)
+            else:
+                count, world, output = rows.valid.sum(), 1, chosen
+            scale = torch.where(count > 0, world / (self.code_dim * count.clamp(min=1).double()), 0.0)
+            loss = (objective * scale).to(rows.x.dtype)
+        return _quantized(x, rows, output, codes, loss, squared.detach())
+
+    @torch.no_grad()
+    def assign(
+        self, x: Float[Tensor, "*shape D"], mask: Bool[Tensor, "*shape"] | None = None
+    ) -> Int64[Tensor, "*shape"]:
+        """Codes of `x`; -1 where masked or non-finite. Raises RuntimeError while unseeded."""
+        self.codebook.require_seeded()
+        with full_precision(x.device):
+            rows = self._on_sphere(rows_of(x, mask, self.code_dim, self.codebook.vectors.dtype))
+            return self._assign(rows, self.codebook.readable()).reshape(x.shape[:-1])
+
+    def look_up(self, codes: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:
+        """Vectors of `codes`; -1 gives 0, others outside [0, K) raise ValueError."""
+        return self.codebook.look_up(codes)
+
+    @contextmanager
+    def accumulate(self, count: int | None = None) -> Iterator[None]:
+        """Forwards inside use the old codebook; on exit one reduce and one update for all of them.
+
+        `count` is the global number of valid vectors of the whole block: each forward's loss is W x sum / count, so
+        the losses of the block *add up* to the global mean. Without it, each forward's loss is the mean over its own
+        global batch, which costs one reduce of one number a forward and needs all workers to make equally many.
+        An exception leaves the state as it was. Entered in eval mode it does nothing. It does not nest.
+        """
+        if self._open is not None:
+            raise RuntimeError("accumulate is already open on this quantizer; close it before opening another")
+        if count is not None and count < 0:
+            raise ValueError(f"count is {count}; it is a number of vectors, so at least 0")
+        if not self.training:
+            yield
+            return
+        opened = self._open = _Open(count, Statistics(self.codebook, self.rule))
+        try:
+            yield
+        finally:
+            self._open = None
+        reduce = resolve(self.reduce)
+        if self.seeded:
+            update([opened.statistics], reduce)
+        else:
+            self._seed_when_enough(opened.offers, reduce)
+
+    def seed(self, batches: Iterable[VectorBatch]) -> str:
+        """Set the codebook from this worker's `batches`, all workers together; returns a sentence on what was used.
+
+        Workers may have different numbers of batches, also none. Counts start at max(1, 2 revive_below), as after a
+        revival. Raises ValueError, on all workers alike, where all have fewer usable vectors than codes; RuntimeError
+        where seeding is None, since that codebook does not come from data.
+        """
+        if self.seeding is None:
+            raise RuntimeError(
+                "this quantizer drew its codebook from N(0, 1) (seeding=None); build it with "
+                "seeding=vqcore.seeding.kmeans_plus_plus to seed it from data, or call codebook.set_vectors(v)"
+            )
+        return self._seed_from(self._offers(batches))
+
+    def _seed_from(self, offers: Iterable[Offer]) -> str:
+        if self.seeding is None:
+            raise RuntimeError(
+                "this quantizer drew its codebook from N(0, 1) (seeding=None); build it with "
+                "seeding=vqcore.seeding.kmeans_plus_plus to seed it from data, or call codebook.set_vectors(v)"
+            )
+        reduce = resolve(self.reduce)
+        book, seed = self.codebook, self.rule.seed
+        sample = draw_sample(offers, book.vectors.detach(), seed=seed, reduce=reduce, level=self.rule.level)
+        with full_precision(book.vectors.device):
+            vectors = self.seeding(sample.rows, self.num_codes, metric=self.metric, seed=seed)
+        book.set_vectors(share(vectors, reduce), self.rule.revived_count)
+        self._gathered = []
+        name = getattr(self.seeding, "__name__", repr(self.seeding))
+        left_out = f"; {sample.non_finite} more were not finite" if sample.non_finite else ""
+        return f"{self.num_codes} codes by {name} from {len(sample.rows)} of {sample.seen} vectors{left_out}"
+
+    def _offers(self, batches: Iterable[VectorBatch]) -> Iterator[Offer]:
+        rank, seen = resolve(self.reduce).rank, 0
+        for x, mask, keys in batches:
+            named = keys_of(keys, x, rank, seen)
+            seen += len(named)
+            yield self._offer(rows_of(x, mask, self.code_dim, self.codebook.vectors.dtype), named)
+
+    def _offer(self, given: Rows, keys: Tensor) -> Offer:
+        rows = self._on_sphere(given)
+        usable = rows.valid
+        if self.metric == "cosine":
+            usable = usable & (rows.x.detach() != 0).any(-1)  # no direction, no code
+        return Offer(rows.x.detach(), usable, keys, int(rows.non_finite))
+
+    def _gather(self, given: Rows, x: Tensor, keys: Tensor | None) -> Quantized:
+        """Keep the vectors and pass x on, until all workers together can seed."""
+        reduce = resolve(self.reduce)
+        kept = self._open.offers if self._open else []
+        seen = sum(len(offer.keys) for offer in (*self._gathered, *kept))
+        kept.append(self._offer(given, keys_of(keys, x, reduce.rank, seen)))
+        if self._open is None:
+            self._seed_when_enough(kept, reduce)
+        codes = torch.full_like(given.valid, -1, dtype=torch.int64)
+        loss = (given.x * 0.0).sum()
+        return _quantized(x, given, given.x, codes, loss, torch.zeros_like(loss.detach(), dtype=torch.float64))
+
+    def _seed_when_enough(self, offers: list[Offer], reduce: Reduction) -> None:
+        self._gathered += offers
+        usable = torch.zeros((), dtype=torch.float64, device=self.codebook.counts.device)
+        usable += sum(int(offer.usable.sum()) for offer in self._gathered)
+        reduce(usable)
+        if usable >= self.num_codes:
+            self._seed_from(self._gathered)
+
+    def _on_sphere(self, rows: Rows) -> Rows:
+        return rows._replace(x=unit(rows.x)) if self.metric == "cosine" else rows
+
+    def _assign(self, rows: Rows, vectors: Tensor) -> Tensor:
+        return assign.nearest(rows.x.detach(), vectors, metric=self.metric).masked_fill(~rows.valid, -1)
+
+    def _objective(self, rows: Rows, codes: Tensor, squared: Tensor) -> Tensor:
+        """Commitment, and where the codebook is learned |sg(x) - code|^2 (equation 3), summed over vectors and D."""
+        if not self.codebook.learned:
+            return self.commitment_weight * squared
+        # Gathered, then normalised: so the graph keeps no tensor that a revival or an optimiser writes to.
+        chosen = pick(self.codebook.vectors, codes)
+        chosen = unit(chosen) if self.metric == "cosine" else chosen
+        return self.commitment_weight * squared + losses.squared_error(rows.x.detach(), chosen)
+
+    def _learn(self, rows: Rows, codes: Tensor, x: Tensor, keys: Tensor | None) -> tuple[Tensor, int]:
+        """Add to the statistics and, outside `accumulate`, update. Returns what the loss divides by, and W."""
+        reduce = resolve(self.reduce)
+        statistics = self._open.statistics if self._open else Statistics(self.codebook, self.rule)
+        named = keys_of(keys, x, reduce.rank, statistics.seen) if self.rule.revive_below > 0 else None
+        statistics.add(rows.x, codes, named)
+        if self._open is None:
+            update([statistics], reduce)
+            return statistics.split()[0].sum(), reduce.world
+        if self._open.count is not None:
+            return torch.tensor(self._open.count, dtype=torch.float64, device=x.device), reduce.world
+        count = rows.valid.sum().double()
+        reduce(count)
+        return count, reduce.world
+
+
+def _quantized(x: Tensor, rows: Rows, vectors: Tensor, codes: Tensor, loss: Tensor, squared_error: Tensor) -> Quantized:
+    return Quantized(
+        vectors=vectors.reshape(x.shape),
+        codes=codes.reshape(x.shape[:-1]),
+        loss=loss,
+        squared_error=squared_error,
+        valid=rows.valid.sum(),
+        non_finite=rows.non_finite,
+    )
+
+
+def _check(rule: Rule, num_codes: int, code_dim: int, metric: str, commitment_weight: float) -> None:
+    for name, size in (("num_codes", num_codes), ("code_dim", code_dim)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} is {size!r}; it must be a whole number of at least 1")
+    if metric not in get_args(Metric):
+        raise ValueError(f"metric is {metric!r}; it must be one of {', '.join(get_args(Metric))}")
+    if rule.decay is not None and not 0.0 <= rule.decay < 1.0:
+        raise ValueError(f"decay is {rule.decay}; it must lie in [0, 1), or be None to learn the codebook by gradient")
+    weights = (("commitment_weight", commitment_weight), ("revive_below", rule.revive_below), ("eps", rule.eps))
+    for name, value in weights:
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be 0 or a positive number")

@@ -1,0 +1,239 @@
+"""First codebooks from data: a sample that does not depend on the number of workers, and what to make of it.
+
+`draw_sample` lets every usable vector of every worker race once and keeps the smallest keys, so the sample is the same
+however the vectors are spread. A *seeding* (`random_rows`, `kmeans_plus_plus`, `scaled_spherical`, or any function of
+that signature; bind options with functools.partial) then turns it into K vectors.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from vqcore import assign, noise
+from vqcore.codebook import unit
+from vqcore.reduction import Reduction
+
+Metric = Literal["euclidean", "cosine"]
+
+SAMPLE, SPREAD = 1, 2
+"""Streams of noise.race: which vectors enter the sample, and which of them become k-means++ centres."""
+
+_SAMPLE_VALUES = 2**25  # numbers in a sample: 128 MiB as float32
+_REDUCED_VALUES = 2**21  # numbers in one reduce of sampled vectors: 16 MiB as float64
+_MOST_ROUNDS = 1024
+
+
+class Seeding(Protocol):
+    """Turns a sample into a codebook.
+
+    `rows` are in race order, so that any prefix is a random subset, and at least `num_codes`; they lie on the unit
+    sphere where `metric` is "cosine".
+    """
+
+    def __call__(
+        self, rows: Float[Tensor, "R D"], num_codes: int, *, metric: Metric, seed: int
+    ) -> Float[Tensor, "K D"]: ...
+
+
+class Offer(NamedTuple):
+    """The vectors of one batch as the draw sees them."""
+
+    rows: Float[Tensor, "N D"]
+    usable: Bool[Tensor, " N"]
+    keys: Int64[Tensor, " N"]
+    non_finite: int
+    """Unmasked vectors that are not usable because they hold a NaN or an infinity."""
+
+
+class Sample(NamedTuple):
+    """Vectors drawn from all workers, the same on every one."""
+
+    rows: Float[Tensor, "R D"]
+    seen: int
+    """Usable vectors that took part in the draw, over all workers."""
+    non_finite: int
+    """Unmasked vectors left out for a NaN or an infinity, over all workers."""
+
+
+def sample_size(num_codes: int, code_dim: int) -> int:
+    """64 vectors a code and at least 65,536, but at most 2^25 numbers (128 MiB) and never fewer than K vectors."""
+    return max(num_codes, min(max(64 * num_codes, 65536), _SAMPLE_VALUES // code_dim))
+
+
+@torch.no_grad()
+def draw_sample(
+    offers: Iterable[Offer],
+    like: Float[Tensor, "K D"],
+    *,
+    seed: int,
+    reduce: Reduction,
+    level: int = 0,
+    size: int | None = None,
+) -> Sample:
+    """A uniform sample of `size` (sample_size(K, D)) of all workers' vectors, without replacement, in race order.
+
+    `like` is the codebook to be seeded: its shape, type and device. Workers may offer different numbers of batches,
+    also none. Memory: up to twice the sample, plus one batch. Raises ValueError, on all workers alike, where there are
+    fewer usable vectors than codes.
+    """
+    num_codes, code_dim = like.shape
+    size = sample_size(num_codes, code_dim) if size is None else size
+    race, rows = like.new_zeros(0, dtype=torch.float64), like.new_zeros(0, code_dim)
+    waiting: list[tuple[Tensor, Tensor]] = []
+    counted = torch.zeros(2, dtype=torch.float64, device=like.device)
+    held = 0
+    for offer in offers:
+        drawn = noise.race(seed, 0, offer.keys[offer.usable], level=level, stream=SAMPLE)
+        waiting.append((drawn, offer.rows[offer.usable].to(like)))
+        counted += torch.tensor([len(drawn), offer.non_finite], dtype=torch.float64, device=like.device)
+        held += len(drawn)
+        if held > size:
+            race, rows = _smallest([(race, rows), *waiting], size)
+            waiting, held = [], 0
+    race, rows = _smallest([(race, rows), *waiting], size)
+    reduce(counted)
+    seen, non_finite = (int(total) for total in counted.tolist())
+    if seen < num_codes:
+        raise ValueError(
+            f"{seen} usable vectors in all for a codebook of {num_codes} codes ({non_finite} more were not finite); "
+            f"seeding needs at least {num_codes}: offer more vectors or ask for fewer codes"
+        )
+    return Sample(_merge(race, rows, min(size, seen), reduce), seen, non_finite)
+
+
+def _smallest(parts: list[tuple[Tensor, Tensor]], size: int) -> tuple[Tensor, Tensor]:
+    race = torch.cat([part[0] for part in parts])
+    order = torch.argsort(race, stable=True)[:size]
+    return race[order], torch.cat([part[1] for part in parts])[order]
+
+
+def _merge(race: Tensor, rows: Tensor, total: int, reduce: Reduction) -> Tensor:
+    """The `total` smallest of all workers, in order, from each worker's smallest; sums stand in for gathers.
+
+    A race key is positive, hence 0 is an empty slot. Keys go first, [W, total]; then every vector travels once, added
+    into its own place of a tensor of zeros by the worker that holds it.
+    """
+    table = race.new_zeros(reduce.world, total)
+    table[reduce.rank, : len(race)] = race[:total]
+    reduce(table)
+    order = torch.argsort(table.reshape(-1).masked_fill(table.reshape(-1) == 0, torch.inf), stable=True)[:total]
+    merged = rows.new_empty(total, rows.shape[1])
+    block = max(1, _REDUCED_VALUES // rows.shape[1])
+    for start in range(0, total, block):
+        slot = order[start : start + block]
+        mine = torch.div(slot, total, rounding_mode="floor") == reduce.rank
+        shared = race.new_zeros(len(slot), rows.shape[1])
+        shared[mine] = rows[slot[mine] % total].double()
+        reduce(shared)
+        merged[start : start + block] = shared.to(rows.dtype)
+    return merged
+
+
+@torch.no_grad()
+def share(vectors: Float[Tensor, "K D"], reduce: Reduction) -> Float[Tensor, "K D"]:
+    """Worker 0's bits, everywhere: two machines may round a product differently, and codebooks must not."""
+    shared = vectors.double() if reduce.rank == 0 else torch.zeros_like(vectors, dtype=torch.float64)
+    reduce(shared)
+    return shared.to(vectors.dtype)
+
+
+def random_rows(rows: Float[Tensor, "R D"], num_codes: int, *, metric: Metric, seed: int) -> Float[Tensor, "K D"]:
+    """K vectors of the data, drawn uniformly without replacement."""
+    del metric, seed  # the sample is in race order already
+    return rows[:num_codes]
+
+
+@torch.no_grad()
+def kmeans_plus_plus(
+    rows: Float[Tensor, "R D"], num_codes: int, *, metric: Metric, seed: int, iterations: int = 10
+) -> Float[Tensor, "K D"]:
+    """k-means++ (Arthur and Vassilvitskii 2007) followed by at most `iterations` of Lloyd over the whole sample.
+
+    Centres are drawn among the first max(4096, 16 K) rows with probability proportional to their squared distance from
+    the nearest centre so far, one at a time up to K = 1,024; above that ceil(K / 1024) at a time (k-means|| in
+    spirit, Bahmani et al. 2012), because K passes over the rows would take hours. Rows equal to a centre weigh nothing;
+    where the data has fewer distinct vectors than codes, the rest are copies of rows: codes nobody chooses, which
+    revival can give away. An empty cluster keeps its centre. With "cosine" the means are normalised in every iteration.
+    """
+    centres = rows[_spread(rows, num_codes, seed)]
+    centres, _ = _lloyd(rows, centres, metric, iterations)
+    return centres
+
+
+@torch.no_grad()
+def scaled_spherical(
+    rows: Float[Tensor, "R D"], num_codes: int, *, metric: Metric, seed: int, iterations: int = 30
+) -> Float[Tensor, "K D"]:
+    """Directions from k-means on x / |x|, each as long as its cluster's mean |x| (CLVQ-VAE's "spherical" start).
+
+    Euclidean k-means on the unit vectors, its centroids normalised afterwards, as the authors' first version does; an
+    empty cluster takes the mean length of all. Zero vectors are left out. Raises ValueError where too few remain.
+    """
+    del metric
+    rows = rows[(rows != 0).any(-1)]
+    if len(rows) < num_codes:
+        raise ValueError(f"{len(rows)} sampled vectors are not zero; scaled_spherical needs at least {num_codes}")
+    directions = unit(rows)
+    centres, codes = _lloyd(directions, directions[_spread(directions, num_codes, seed)], "euclidean", iterations)
+    lengths = torch.linalg.vector_norm(rows.double(), dim=-1)
+    counts, sums = _totals(lengths.unsqueeze(-1), codes, num_codes)
+    scale = torch.where(counts > 0, sums.squeeze(-1) / counts.clamp(min=1), lengths.mean())
+    return unit(centres) * scale.unsqueeze(-1).to(rows.dtype)
+
+
+def _spread(rows: Tensor, num_codes: int, seed: int) -> Tensor:
+    """Indices of `num_codes` different rows, drawn by D^2 weights (see `kmeans_plus_plus`)."""
+    pool = rows[: max(4096, 16 * num_codes)]
+    x = (pool.double() - pool.double().mean(0)).to(pool.dtype)  # about the mean, where |x|^2 - 2xc + |c|^2 is sharpest
+    norms = x.square().sum(-1)
+    rounding = torch.finfo(x.dtype).eps * (8 + math.sqrt(x.shape[1]))
+    keys = torch.arange(len(x), device=x.device)
+    distance = torch.full_like(norms, torch.inf)
+    newest, chosen = keys[:1], [keys[:1]]
+    left = num_codes - 1
+    for draw in range(num_codes):
+        if left == 0:
+            break
+        bound = norms.unsqueeze(-1) + norms[newest]
+        squared = bound - 2.0 * (x @ x[newest].T)
+        distance = torch.minimum(distance, torch.where(squared > rounding * bound, squared, 0.0).amin(-1))
+        distance[newest] = 0.0
+        drawable = distance > 0
+        race = noise.race(seed, draw, keys, torch.where(drawable, distance, 1.0).double(), stream=SPREAD)
+        race = torch.where(drawable, race, torch.inf)
+        count = min(left, -(-num_codes // _MOST_ROUNDS))
+        best = torch.topk(race, min(count, len(race)), largest=False)
+        newest = best.indices[best.values.isfinite()]
+        if len(newest) == 0:
+            break
+        chosen.append(newest)
+        left -= len(newest)
+    found = torch.cat(chosen)
+    fresh = torch.ones_like(keys, dtype=torch.bool).index_fill_(0, found, False)
+    return torch.cat([found, keys[fresh][:left]])
+
+
+def _lloyd(rows: Tensor, centres: Tensor, metric: Metric, iterations: int) -> tuple[Tensor, Tensor]:
+    """Centres after at most `iterations`, and the code of every row under them."""
+    codes = assign.nearest(rows, centres, metric=metric)
+    for _ in range(iterations):
+        counts, sums = _totals(rows, codes, len(centres))
+        means = (sums / counts.clamp(min=1).unsqueeze(-1)).to(rows.dtype)
+        centres = torch.where((counts > 0).unsqueeze(-1), unit(means) if metric == "cosine" else means, centres)
+        before, codes = codes, assign.nearest(rows, centres, metric=metric)
+        if torch.equal(before, codes):
+            break
+    return centres, codes
+
+
+def _totals(values: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """Per code, how many rows there are and the float64 sum of their values."""
+    counts = torch.bincount(codes, minlength=num_codes)
+    sums = torch.zeros(num_codes, values.shape[1], dtype=torch.float64, device=values.device)
+    for part, where in zip(values.split(65536), codes.split(65536), strict=True):
+        sums.index_add_(0, where, part.double())
+    return counts, sums

@@ -1,0 +1,170 @@
+"""One synchronised update of one or several codebooks: local statistics, one reduce, EMA, revival."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from vqcore import noise
+from vqcore.codebook import Codebook
+from vqcore.reduction import Reduction
+
+COUNT_DECAY = 0.99
+"""Decay of the counts of a codebook that is learned by gradient: there they only tell which codes are dead."""
+
+REVIVAL = 0
+"""The `stream` of noise.race that draws replacements for dead codes."""
+
+_TILE = 1024  # rows widened to float64 at a time: one tile stays in cache, the whole batch would cost 8 N D bytes
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a codebook is updated."""
+
+    decay: float | None
+    """EMA decay of counts and sums; None where an optimiser moves the vectors."""
+    revive_below: float
+    """A code whose EMA count is below this is dead; 0 never revives."""
+    eps: float
+    """Additive smoothing of the counts in the read-out."""
+    seed: int
+    """Seed of the races that draw replacements."""
+    level: int = 0
+    """Which level of a residual quantizer this is: every level races on its own."""
+
+    @property
+    def revived_count(self) -> float:
+        """EMA count a revived or freshly seeded code starts from: some steps of grace before it can be dead again."""
+        return max(1.0, 2.0 * self.revive_below)
+
+
+class Statistics:
+    """This worker's counts and sums for one codebook over the forwards of one update, and candidates for revival."""
+
+    def __init__(self, book: Codebook, rule: Rule) -> None:
+        self.book = book
+        self.rule = rule
+        length = book.num_codes * (1 if rule.decay is None else 1 + book.code_dim)
+        self.packed = torch.zeros(length, dtype=torch.float64, device=book.vectors.device)
+        """Counts [K], then sums [K x D] where the rule has a decay: what the one reduce of the update carries."""
+        self.seen = 0
+        """Vectors offered so far, valid or not: where the default keys of the next forward begin."""
+        self._recent: tuple[Tensor, Tensor, Tensor] | None = None
+        self._best: tuple[Tensor, Tensor] | None = None
+        self._limit_and_step: tuple[int, int] | None = None
+
+    def split(self) -> tuple[Float64[Tensor, " K"], Float64[Tensor, "K D"] | None]:
+        """Counts and sums as views of `packed`; sums None where the rule has no decay."""
+        k = self.book.num_codes
+        sums = None if self.rule.decay is None else self.packed[k:].view(k, self.book.code_dim)
+        return self.packed[:k], sums
+
+    @torch.no_grad()
+    def add(self, x: Float[Tensor, "N D"], codes: Int64[Tensor, " N"], keys: Int64[Tensor, " N"] | None) -> None:
+        """Count `codes` and sum `x` per code. A code of -1 takes no part, and its x must be 0.
+
+        `keys` may be None where the rule never revives.
+        """
+        counts, sums = self.split()
+        valid = codes >= 0
+        index = codes.clamp(min=0)
+        counts.index_add_(0, index, valid.double())
+        if sums is not None:
+            tile = _TILE if x.device.type == "cpu" else max(1, len(x))
+            for rows, where in zip(x.detach().split(tile), index.split(tile), strict=True):
+                sums.index_add_(0, where, rows.double())
+        self.seen += len(codes)
+        if self.rule.revive_below > 0:
+            if keys is None:
+                raise ValueError("keys are needed where revive_below > 0: they draw the replacements of dead codes")
+            if self._recent is not None:
+                self._settle(*self._bound())
+            self._recent = (x.detach(), valid, keys)
+
+    def _bound(self) -> tuple[int, int]:
+        """How many codes can be dead after this update (new vectors only add to a count), and the step it is."""
+        if self._limit_and_step is None:
+            decay = COUNT_DECAY if self.rule.decay is None else self.rule.decay
+            slack = 1.0 + 1e-9  # the update may round the other way
+            may_die = (self.book.counts * decay < self.rule.revive_below * slack).sum()
+            limit, step = torch.stack([may_die, self.book.step]).tolist()
+            self._limit_and_step = (limit, step)
+        return self._limit_and_step
+
+    def _settle(self, limit: int, step: int) -> None:
+        """Let the newest forward's vectors race, and keep the `limit` smallest of all so far."""
+        if self._recent is None:
+            return
+        x, usable, keys = self._recent
+        self._recent = None
+        if limit == 0:
+            return
+        if self.book.unit_norm:
+            usable = usable & (x != 0).any(-1)  # a zero vector has no direction to offer
+        race = noise.race(self.rule.seed, step, keys[usable], level=self.rule.level, stream=REVIVAL)
+        rows = x[usable]
+        if self._best is not None:
+            race, rows = torch.cat([self._best[0], race]), torch.cat([self._best[1], rows])
+        order = torch.argsort(race, stable=True)[:limit]
+        self._best = (race[order], rows[order])
+
+    def candidates(self, limit: int, step: int) -> tuple[Float64[Tensor, " M"], Float[Tensor, "M D"]]:
+        """The at most `limit` vectors with the smallest race keys of `step`, smallest first, and those keys."""
+        self._settle(limit, step)
+        if self._best is None:
+            return self.packed.new_zeros(0), self.book.vectors.detach()[:0]
+        return self._best[0][:limit], self._best[1][:limit]
+
+
+@torch.no_grad()
+def update(statistics: Sequence[Statistics], reduce: Reduction) -> None:
+    """Reduce the statistics of all codebooks together, once, and update each codebook from the sums.
+
+    Afterwards each `statistics[i].split()` holds the global counts and sums. A second reduce happens only where some
+    reduced count shows a dead code, which all workers see alike.
+    """
+    packed = statistics[0].packed if len(statistics) == 1 else torch.cat([one.packed for one in statistics])
+    reduce(packed)
+    if len(statistics) > 1:
+        for one, part in zip(statistics, packed.split([len(one.packed) for one in statistics]), strict=True):
+            one.packed.copy_(part)
+    for one in statistics:
+        counts, sums = one.split()
+        one.book.ema_update(counts, sums, COUNT_DECAY if one.rule.decay is None else one.rule.decay, one.rule.eps)
+    _revive([one for one in statistics if one.rule.revive_below > 0], reduce)
+
+
+def _revive(statistics: Sequence[Statistics], reduce: Reduction) -> None:
+    """Dead codes, in index order, take the vectors with the smallest race keys of the global update; the rest wait.
+
+    Every worker puts its best candidates in its own slots of a tensor of zeros, so that a sum is a gather. A race key
+    is positive, hence a key of 0 is an empty slot.
+    """
+    if not statistics:
+        return
+    dead = [one.book.counts < one.rule.revive_below for one in statistics]
+    flags = [
+        torch.stack([d.sum(), one.split()[0].sum().long(), one.book.step])
+        for d, one in zip(dead, statistics, strict=True)
+    ]
+    found = torch.stack(flags).tolist()  # the one host synchronisation of a step
+    slots = [min(codes, vectors) for codes, vectors, _ in found]
+    widths = [count * (1 + one.book.code_dim) for count, one in zip(slots, statistics, strict=True)]
+    if not any(slots):
+        return
+    table = statistics[0].packed.new_zeros(reduce.world, sum(widths))
+    for one, count, own, (_, _, step) in zip(statistics, slots, table[reduce.rank].split(widths), found, strict=True):
+        race, rows = one.candidates(count, step - 1)  # the step this update began with
+        own[: len(race)] = race
+        own[count:].view(count, one.book.code_dim)[: len(rows)] = rows.double()
+    reduce(table)
+    for one, count, is_dead, part in zip(statistics, slots, dead, table.split(widths, dim=1), strict=True):
+        race = part[:, :count].reshape(-1)
+        rows = part[:, count:].reshape(-1, one.book.code_dim)
+        order = torch.argsort(race.masked_fill(race == 0, torch.inf), stable=True)
+        order = order[: min(count, int((race > 0).sum()))]
+        if len(order):
+            one.book.revive(is_dead.nonzero().squeeze(-1)[: len(order)], rows[order], one.rule.revived_count)
