@@ -128,7 +128,7 @@ def of_oxford(entries: list[Entry], root: str, prefix: str) -> tuple[list[Slice]
 
 
 def _matlab(root: str, name: str) -> dict[str, Any]:
-    loaded: dict[str, Any] = scipy.io.loadmat(io.BytesIO(storage.read_bytes(storage.join(root, name))))
+    loaded: dict[str, Any] = scipy.io.loadmat(storage.open_read(storage.join(root, name)))
     return loaded
 
 
