@@ -168,7 +168,7 @@ def pull(ref: str, out: str) -> Pulled:
         raise Refused(f"{target} holds something else than {registered}; give an empty --out.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pull-") as scratch:
-        fetched = tracking.download(f"models:/{entry.name}/{entry.version}", Path(scratch))
+        fetched = tracking.download(_source(entry), Path(scratch))
         try:
             digest = read_bundle(fetched).digest
         except BundleError as trouble:
@@ -182,6 +182,11 @@ def pull(ref: str, out: str) -> Pulled:
             target.rmdir()
         shutil.move(str(fetched), target)
     return Pulled(str(target), entry.digest, registered, skipped=False)
+
+
+def _source(entry: Entry) -> str:
+    """Where the version's files lie. Asked of the client, since models:/ addresses go to a global registry setting."""
+    return str(tracking.client().get_model_version_download_uri(entry.name, str(entry.version)))
 
 
 def promote(ref: str, alias: str) -> Promoted:
