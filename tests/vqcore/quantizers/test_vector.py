@@ -610,6 +610,23 @@ def test_non_finite_and_masked_vectors_never_seed() -> None:
     assert torch.equal(q.codebook.vectors.sort(0).values, x[:24:2].sort(0).values)
 
 
+def test_zero_vectors_never_seed_a_direction() -> None:
+    x = torch.zeros(100, D)
+    x[::5] = drawn(1, 20, D)
+    q = made(metric="cosine", seeding=random_rows)
+    assert "20 of 20" in q.seed([VectorBatch(x)])
+    torch.testing.assert_close(q.codebook.vectors.norm(dim=-1), torch.ones(K))
+
+
+def test_autocast_does_not_change_seeding() -> None:
+    q, plain = (VectorQuantizer(64, 16, seeding=kmeans_plus_plus) for _ in range(2))
+    x = drawn(1, 3000, 16)
+    plain.seed([VectorBatch(x)])
+    with torch.autocast("cpu", torch.bfloat16):
+        q.seed([VectorBatch(x)])
+    assert bits(q) == bits(plain)
+
+
 def test_too_few_vectors_refuse_to_seed_and_say_both_numbers() -> None:
     """lucidrains/vector-quantize-pytorch fills up with duplicates: 30 distinct codes of 64."""
     q = made(seeding=kmeans_plus_plus)
