@@ -158,6 +158,16 @@ def test_fewer_distinct_vectors_than_codes(offset: float, dim: int) -> None:
     assert torch.equal(made[:30].unique(dim=0), distinct.unique(dim=0)), "the first thirty must be all there are"
 
 
+def test_rounding_does_not_make_copies_of_a_centre_worth_drawing() -> None:
+    """4,000 copies of two far points, their squared distances rounded, outweigh the one other point there is."""
+    far = 300.0 * drawn(1, 1, 64)
+    rows = torch.cat([far, -far]).repeat(2000, 1)
+    rows[-1, 0] += 10.0
+    for seed in range(10):
+        made = kmeans_plus_plus(rows, 3, metric="euclidean", seed=seed, iterations=0)
+        assert len(made.unique(dim=0)) == 3
+
+
 def test_many_codes_are_drawn_several_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vqcore.seeding._MOST_ROUNDS", 8)
     centres, x = blobs(30, 40)

@@ -618,13 +618,23 @@ def test_zero_vectors_never_seed_a_direction() -> None:
     torch.testing.assert_close(q.codebook.vectors.norm(dim=-1), torch.ones(K))
 
 
-def test_autocast_does_not_change_seeding() -> None:
-    q, plain = (VectorQuantizer(64, 16, seeding=kmeans_plus_plus) for _ in range(2))
-    x = drawn(1, 3000, 16)
-    plain.seed([VectorBatch(x)])
+def test_seedings_and_estimators_run_without_autocast() -> None:
+    products: list[torch.dtype] = []
+
+    def watching_seeding(rows: Tensor, num_codes: int, **_: Any) -> Tensor:
+        products.append((rows @ rows.T).dtype)
+        return rows[:num_codes]
+
+    def watching_estimator(x: Tensor, quantized: Tensor) -> Tensor:
+        products.append((x @ quantized.T).dtype)
+        return straight_through(x, quantized)
+
+    q = made(seeding=watching_seeding, estimator=watching_estimator)
     with torch.autocast("cpu", torch.bfloat16):
-        q.seed([VectorBatch(x)])
-    assert bits(q) == bits(plain)
+        q.seed([VectorBatch(drawn(1, 50, D))])
+        q(drawn(2, 50, D))
+        assert (torch.zeros(2, 2) @ torch.zeros(2, 2)).dtype == torch.bfloat16
+    assert products == [torch.float32, torch.float32]
 
 
 def test_too_few_vectors_refuse_to_seed_and_say_both_numbers() -> None:
