@@ -17,7 +17,7 @@ def unit(x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
 
 
 def only(keep: Bool[Tensor, " N"], x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-    """`x` where `keep` says so, else 0 without a gradient, also for a NaN. `x` itself where that is free to find out."""
+    """`x` where `keep` says so, else 0 without a gradient, also for a NaN; `x` itself where all are kept, on CPU."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and bool(keep.all()):
         return x  # a broadcast `where` costs ten ordinary passes over x
     return torch.where(keep.unsqueeze(-1), x, 0.0)

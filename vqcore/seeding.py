@@ -7,7 +7,7 @@ that signature; bind options with functools.partial) then turns it into K vector
 
 import math
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -27,6 +27,7 @@ _REDUCED_VALUES = 2**21  # numbers in one reduce of sampled vectors: 16 MiB as f
 _MOST_ROUNDS = 1024
 
 
+@runtime_checkable
 class Seeding(Protocol):
     """Turns a sample into a codebook.
 

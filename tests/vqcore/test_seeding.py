@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.together import Seat, together
+from vqcore import seeding as seeding_module
 from vqcore.reduction import Alone
 from vqcore.seeding import Offer, draw_sample, kmeans_plus_plus, random_rows, sample_size, scaled_spherical, share
 
@@ -41,6 +42,20 @@ def test_the_sample_does_not_depend_on_the_workers(world: int, size: int) -> Non
     for rows, seen, non_finite in together(world, work):
         assert torch.equal(rows, alone.rows)
         assert (seen, non_finite) == (270, 30) == (alone.seen, alone.non_finite)
+
+
+def test_the_draw_holds_twice_its_sample_and_a_batch_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    smallest = seeding_module._smallest
+
+    def watched(parts: list[tuple[Tensor, Tensor]], size: int) -> tuple[Tensor, Tensor]:
+        held.append(sum(len(rows) for _, rows in parts))
+        return smallest(parts, size)
+
+    monkeypatch.setattr(seeding_module, "_smallest", watched)
+    x = drawn(0, ROWS, D)
+    draw_sample((offer(x, part) for part in torch.arange(ROWS).split(10)), LIKE, seed=3, reduce=Alone(), size=20)
+    assert max(held) <= 2 * 20 + 10
 
 
 def test_the_sample_is_a_uniform_draw_without_repeats_in_random_order() -> None:
@@ -133,14 +148,24 @@ def test_the_objective_is_as_good_as_that_of_faiss() -> None:
     assert torch.cdist(rows, made).min(1).values.square().sum() <= 1.02 * best
 
 
-@pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_fewer_distinct_vectors_than_codes(offset: float) -> None:
+@pytest.mark.parametrize(("offset", "dim"), [(0.0, 5), (1000.0, 5), (0.0, 64)])
+def test_fewer_distinct_vectors_than_codes(offset: float, dim: int) -> None:
     """facebookresearch/faiss tests 5 distinct points for 10 centroids; lucidrains gives 30 distinct of 64."""
-    distinct = drawn(7, 5, D) + offset
+    distinct = drawn(7, 30, dim) + offset
     rows = distinct.repeat(20, 1)
-    made = kmeans_plus_plus(rows, 10, metric="euclidean", seed=0, iterations=0)
-    assert made.shape == (10, D)
-    assert torch.equal(made[:5].unique(dim=0), distinct.unique(dim=0)), "the first five must be all there are"
+    made = kmeans_plus_plus(rows, 64, metric="euclidean", seed=0, iterations=0)
+    assert made.shape == (64, dim)
+    assert torch.equal(made[:30].unique(dim=0), distinct.unique(dim=0)), "the first thirty must be all there are"
+
+
+def test_rounding_does_not_make_copies_of_a_centre_worth_drawing() -> None:
+    """4,000 copies of two far points, their squared distances rounded, outweigh the one other point there is."""
+    far = 300.0 * drawn(1, 1, 64)
+    rows = torch.cat([far, -far]).repeat(2000, 1)
+    rows[-1, 0] += 10.0
+    for seed in range(10):
+        made = kmeans_plus_plus(rows, 3, metric="euclidean", seed=seed, iterations=0)
+        assert len(made.unique(dim=0)) == 3
 
 
 def test_many_codes_are_drawn_several_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

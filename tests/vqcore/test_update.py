@@ -101,6 +101,18 @@ def test_revival_takes_the_smallest_race_keys_in_index_order() -> None:
     assert torch.equal(book.last_counts, one.split()[0]), "a revival leaves the batch's counts as they were"
 
 
+def test_levels_race_on_their_own() -> None:
+    """Otherwise all levels of a residual quantizer would take their replacements from the same rows."""
+    taken = []
+    for level in range(2):
+        book = fresh()
+        one = Statistics(book, Rule(decay=0.9, revive_below=1.0, eps=1e-5, seed=5, level=level))
+        one.add(drawn(9, N, D), torch.full((N,), 3), torch.arange(N))
+        update([one], Alone())
+        taken.append(book.vectors)
+    assert (taken[0] != taken[1]).any(-1).sum() > K // 2
+
+
 def test_too_few_vectors_let_the_rest_wait() -> None:
     book = fresh()
     before = book.vectors.clone()

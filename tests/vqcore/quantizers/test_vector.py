@@ -610,6 +610,33 @@ def test_non_finite_and_masked_vectors_never_seed() -> None:
     assert torch.equal(q.codebook.vectors.sort(0).values, x[:24:2].sort(0).values)
 
 
+def test_zero_vectors_never_seed_a_direction() -> None:
+    x = torch.zeros(100, D)
+    x[::5] = drawn(1, 20, D)
+    q = made(metric="cosine", seeding=random_rows)
+    assert "20 of 20" in q.seed([VectorBatch(x)])
+    torch.testing.assert_close(q.codebook.vectors.norm(dim=-1), torch.ones(K))
+
+
+def test_seedings_and_estimators_run_without_autocast() -> None:
+    products: list[torch.dtype] = []
+
+    def watching_seeding(rows: Tensor, num_codes: int, **_: Any) -> Tensor:
+        products.append((rows @ rows.T).dtype)
+        return rows[:num_codes]
+
+    def watching_estimator(x: Tensor, quantized: Tensor) -> Tensor:
+        products.append((x @ quantized.T).dtype)
+        return straight_through(x, quantized)
+
+    q = made(seeding=watching_seeding, estimator=watching_estimator)
+    with torch.autocast("cpu", torch.bfloat16):
+        q.seed([VectorBatch(drawn(1, 50, D))])
+        q(drawn(2, 50, D))
+        assert (torch.zeros(2, 2) @ torch.zeros(2, 2)).dtype == torch.bfloat16
+    assert products == [torch.float32, torch.float32]
+
+
 def test_too_few_vectors_refuse_to_seed_and_say_both_numbers() -> None:
     """lucidrains/vector-quantize-pytorch fills up with duplicates: 30 distinct codes of 64."""
     q = made(seeding=kmeans_plus_plus)
