@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import cluster, corpora, packages, recipe, registry
+from pipelines import cluster, corpora, packages, recipe, registry, tracking
 from pipelines.encode import decode, encode
 from pipelines.errors import Refused
 from pipelines.evaluate import Evaluation, evaluate
@@ -67,7 +67,7 @@ def demo(name: str, out: Path, workers: int = 2) -> DemoResult:
     say("encode the test split and decode it")
     codes = encode(pulled.out, rows.out, str(out / "codes"), split="test")
     decode(pulled.out, codes.out, str(out / "restored"), files=True)
-    story = _story(name, out, rows, test, f"{ref} = v{published.version}", registry.where())
+    story = _story(name, out, rows, test, f"{ref} = v{published.version}", tracking.where())
     return DemoResult(
         out=str(out),
         digest=published.digest,

@@ -1,1 +1,211 @@
-"""Shards to codes and codes back to rows, with the bundle that belongs to them. One codes shard per shard."""
+"""Shards to codes and codes back to rows, with the bundle that belongs to them. One shard out per shard in."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipelines import corpora, registry, storage, trained
+from pipelines.errors import Failed, Refused
+from pipelines.feed import as_seen, to_batch
+from pipelines.manifest import Manifest, ShardRecord, Units, describe, is_finished, load_manifest, save_manifest
+from pipelines.options import differences
+from pipelines.parts import Part, Record, forget_records, run_parts
+from pipelines.recipe import Batch
+from pipelines.shards import ShardReader, ShardWriter, export_parquet, tensor_array, values_of
+from pipelines.trained import Trained
+
+CODES = "codes"
+"""The kind of a manifest whose rows are codes."""
+ROWS_AT_ONCE = 128
+PLATFORM_NAMES = ("row_id", "split")
+
+
+@dataclass(frozen=True)
+class Made:
+    out: str
+    digest: str
+    rows: int
+    skipped: bool
+
+
+def smallest_integer(num_codes: int) -> pa.DataType:
+    """The smallest signed Arrow integer that holds every code in [0, num_codes) and the -1 of what is masked."""
+    for kind in (pa.int8(), pa.int16(), pa.int32()):
+        if num_codes - 1 <= np.iinfo(kind.to_pandas_dtype()).max:
+            return kind
+    return pa.int64()
+
+
+def encode(bundle: str, shards: str, out: str, *, split: str = "all", parquet: bool = False) -> Made:
+    """Encode one split (or `all`) of a manifest. Rows keep their ids and splits; the schema names the bundle's digest.
+
+    Raises:
+        Refused: shards prepared otherwise than the bundle's training data, an empty split, or an `out` that holds
+            something else.
+        Failed: a row with a value that is not finite, since it has no codes.
+    """
+    out, directory = storage.normalise(out), registry.local_bundle(bundle)
+    model, reader = opened_for(directory, shards, split)
+    request = {"bundle": model.digest, "shards": reader.manifest.digest, "split": split}
+    if done := claim(out, request, "codes"):
+        return Made(out, done.digest, done.rows(), skipped=True)
+    config = {"bundle": str(directory), "shards": reader.uri, "split": split, "out": out}
+    parts = shard_parts(reader, split)
+    records = run_parts(parts, _encode_shard, config, label="encode", unit="rows", out=out)
+    context = {"corpus": {"kind": reader.manifest.kind, "settings": reader.manifest.settings}}
+    parents = {"bundle": model.digest, "shards": reader.manifest.digest}
+    made = _finish(
+        out, CODES, {"recipe": model.recipe.name}, {"split": split}, context, parents, reader.manifest, records
+    )
+    if parquet:
+        export_parquet(out)
+    return made
+
+
+def decode(bundle: str, codes: str, out: str, *, files: bool = False) -> Made:
+    """Decode a directory of codes to shards of the corpus's own kind, or to files people open, named by row id.
+
+    Raises:
+        Refused: codes that another bundle made, or an `out` that holds something else.
+    """
+    out, directory = storage.normalise(out), registry.local_bundle(bundle)
+    model = trained.open_trained(directory)
+    reader = ShardReader(codes)
+    manifest = reader.manifest
+    if manifest.kind != CODES:
+        raise Refused(f"{reader.uri} holds {manifest.kind}, not codes; `vqray encode` makes them.")
+    if manifest.parents["bundle"] != model.digest:
+        raise Refused(
+            f"{reader.uri} was encoded with bundle {manifest.parents['bundle'][:16]}..., and {bundle} is"
+            f" {model.digest[:16]}...: its codebook means something else. Decode with the bundle that encoded."
+        )
+    request = {"bundle": model.digest, "codes": manifest.digest, "files": files}
+    if done := claim(out, request, "decoded rows"):
+        return Made(out, done.digest, done.rows(), skipped=True)
+    config = {"bundle": str(directory), "shards": reader.uri, "split": "all", "out": out, "files": files}
+    config["corpus"] = manifest.context["corpus"]
+    records = run_parts(shard_parts(reader, "all"), _decode_shard, config, label="decode", unit="rows", out=out)
+    corpus = manifest.context["corpus"]
+    parents = {"bundle": model.digest, "codes": manifest.digest}
+    kind = f"{corpus['kind']} files" if files else corpus["kind"]
+    return _finish(out, kind, corpus["settings"], manifest.selection, {}, parents, manifest, records)
+
+
+def opened_for(directory: Path, shards: str, split: str) -> tuple[Trained, ShardReader]:
+    """A bundle and the shards it is to work on, or Refused where they do not belong together."""
+    model = trained.open_trained(directory)
+    reader = ShardReader(shards)
+    trained.check_fits(model.card, reader.manifest.kind, reader.manifest.settings, reader.uri)
+    if reader.rows(split) == 0:
+        raise Refused(f"{reader.uri} has no rows in split {split!r}: name another with --split.")
+    return model, reader
+
+
+def shard_parts(reader: ShardReader, split: str) -> dict[int, Part]:
+    """One part for every shard that holds rows of the split."""
+    rows = [shard.rows if split == "all" else shard.splits[split] for shard in reader.manifest.shards]
+    return {number: Part(count) for number, count in enumerate(rows) if count}
+
+
+def claim(out: str, request: dict[str, Any], what: str) -> Manifest | None:
+    """Make `out` this request's; its manifest where it is finished already, Refused where it is another's."""
+    home = storage.join(out, "request.json")
+    if not storage.exists(home):
+        if storage.exists(out) and storage.list_files(out):
+            raise Refused(f"{out} holds other files; give an --out that is empty or does not exist.")
+        storage.write_json_atomic(home, request)
+        return None
+    if different := differences(storage.read_json(home), request):
+        raise Refused(f"{out} holds other {what} ({'; '.join(different)}). Choose another --out.")
+    return load_manifest(out) if is_finished(out) else None
+
+
+_OPENED: dict[str, Trained] = {}
+
+
+def opened(directory: str) -> Trained:
+    """The bundle, loaded once per worker process: a bundle directory never changes."""
+    if directory not in _OPENED:
+        _OPENED.clear()
+        _OPENED[directory] = trained.open_trained(Path(directory))
+    return _OPENED[directory]
+
+
+def seen_batches(reader: ShardReader, shard: int, split: str) -> Iterator[tuple[Batch, int, dict[str, Any]]]:
+    """One shard's rows of a split in order: (batch, its rows that were not finite, the rows as stored).
+
+    Batches have a fixed size, so that a result does not depend on who computes it.
+    """
+    for rows in reader.batches(shard, ROWS_AT_ONCE, split):
+        columns, row_ids = as_seen(reader.manifest, rows)
+        batch, lost = to_batch(columns, row_ids, np.ones(rows.num_rows, dtype=bool))
+        yield batch, lost, values_of(rows)
+
+
+def _encode_shard(shard: int, payload: None, config: dict[str, Any]) -> Record:
+    model = opened(config["bundle"])
+    reader = ShardReader(config["shards"])
+    kind = smallest_integer(max(size for size, _ in model.recipe.codebooks(model.settings)))
+    writer: ShardWriter | None = None
+    for batch, lost, stored in seen_batches(reader, shard, config["split"]):
+        if lost:
+            name = reader.manifest.shards[shard].name
+            raise Failed(f"{lost} rows of {name} hold values that are not finite, so they have no codes.")
+        with torch.inference_mode():
+            codes = model.recipe.encode(model.model, batch)
+        field = pa.field("codes", pa.fixed_shape_tensor(kind, list(codes.shape[1:])))
+        schema = pa.schema([field], metadata={"bundle_digest": model.digest})
+        writer = writer or ShardWriter(config["out"], shard, schema)
+        column = tensor_array(codes.cpu().numpy().astype(kind.to_pandas_dtype()), field.type)
+        writer.write(pa.RecordBatch.from_arrays([column], schema=schema), stored["split"], stored["row_id"])
+    return {"shards": [asdict(record) for record in writer.close()] if writer else []}
+
+
+def _decode_shard(shard: int, payload: None, config: dict[str, Any]) -> Record:
+    model = opened(config["bundle"])
+    reader = ShardReader(config["shards"])
+    corpus = corpora.load(config["corpus"]["kind"])
+    settings = corpus.Settings.model_validate(config["corpus"]["settings"])
+    writer: ShardWriter | None = None
+    for rows in reader.batches(shard, ROWS_AT_ONCE):
+        stored = values_of(rows)
+        with torch.inference_mode():
+            columns = model.recipe.decode(model.model, torch.from_numpy(stored["codes"].astype(np.int64)))
+        if config["files"]:
+            corpus.write_files(columns, [str(row) for row in stored["row_id"]], config["out"], settings)
+            continue
+        arrays = {name: column.cpu().numpy() for name, column in columns.items()}
+        types = {n: pa.fixed_shape_tensor(pa.from_numpy_dtype(a.dtype), list(a.shape[1:])) for n, a in arrays.items()}
+        schema = pa.schema(list(types.items()))
+        writer = writer or ShardWriter(config["out"], shard, schema)
+        made = [tensor_array(array, types[name]) for name, array in arrays.items()]
+        writer.write(pa.RecordBatch.from_arrays(made, schema=schema), stored["split"], stored["row_id"])
+    return {"shards": [asdict(record) for record in writer.close()] if writer else []}
+
+
+def _finish(
+    out: str,
+    kind: str,
+    settings: dict[str, Any],
+    selection: dict[str, Any],
+    context: dict[str, Any],
+    parents: dict[str, str],
+    made_from: Manifest,
+    records: list[Record],
+) -> Made:
+    shards = tuple(ShardRecord(**shard) for record in records for shard in record["shards"])
+    # Files have no shards to count; every row of the codes became one.
+    rows = sum(shard.rows for shard in shards) or made_from.rows()
+    columns = {}
+    if shards:
+        with storage.open_read(storage.join(out, shards[0].name)) as file:
+            columns = describe(pa.schema([f for f in pa.ipc.open_file(file).schema if f.name not in PLATFORM_NAMES]))
+    manifest = Manifest(kind, settings, selection, columns, shards, Units(rows, rows, 0, {}), "", parents, context)
+    save_manifest(manifest, out)
+    forget_records(out)
+    return Made(out, manifest.digest, rows, skipped=False)

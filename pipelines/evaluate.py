@@ -1,7 +1,6 @@
 """Metrics of a bundle over a whole split: every shard adds its sums, and metrics are taken once at the end."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines import registry, storage, trained
+from pipelines import registry, storage
+from pipelines.encode import opened, opened_for, seen_batches, shard_parts
 from pipelines.errors import Refused
 from pipelines.feed import read_columns, to_batch
 from pipelines.options import differences
 from pipelines.parts import run_parts
 from pipelines.pictures import usage_plot
-from pipelines.recipe import Batch
 from pipelines.shards import ShardReader
 from pipelines.trained import Trained
 from vqcore import metrics
 
-ROWS_AT_ONCE = 128
 PICTURED = 8
 
 
@@ -43,13 +41,8 @@ def evaluate(bundle: str, shards: str, out: str, split: str = "test") -> Evaluat
         Refused: the shards were prepared otherwise than the bundle's training data, the split is empty, or `out`
             holds the evaluation of something else.
     """
-    out, shards = storage.normalise(out), storage.normalise(shards)
-    directory = registry.local_bundle(bundle)
-    model = trained.open_trained(directory)
-    reader = ShardReader(shards)
-    trained.check_fits(model.card, reader.manifest.kind, reader.manifest.settings, shards)
-    if reader.rows(split) == 0:
-        raise Refused(f"{shards} has no rows in split {split!r}: name another with --split.")
+    out, directory = storage.normalise(out), registry.local_bundle(bundle)
+    model, reader = opened_for(directory, shards, split)
     request = {"bundle": model.digest, "shards": reader.manifest.digest, "split": split}
     home = storage.join(out, "metrics.json")
     if storage.exists(home):
@@ -67,33 +60,23 @@ def evaluate(bundle: str, shards: str, out: str, split: str = "test") -> Evaluat
     )
 
 
-def batches_of(reader: ShardReader, shard: int, split: str) -> Iterator[Batch]:
-    """One shard's rows of a split, in order, as batches of at most `ROWS_AT_ONCE`."""
-    first, stop = reader.span(shard, split)
-    for low in range(first, stop, ROWS_AT_ONCE):
-        ordinals = np.arange(low, min(low + ROWS_AT_ONCE, stop), dtype=np.int64)
-        columns, row_ids = read_columns(reader, split, ordinals)
-        yield to_batch(columns, row_ids, np.ones(len(ordinals), dtype=bool))[0]
-
-
 def _sums_over(directory: Path, reader: ShardReader, split: str) -> dict[str, Tensor]:
     config = {"bundle": str(directory), "shards": reader.uri, "split": split}
-    parts = [n for n in range(len(reader.manifest.shards)) if reader.span(n, split)[0] < reader.span(n, split)[1]]
     totals: dict[str, Tensor] = {}
-    for record in run_parts(parts, _measure_shard, config, label="evaluate", unit="shard"):
+    for record in run_parts(shard_parts(reader, split), _measure_shard, config, label="evaluate", unit="rows"):
         for name, value in record.items():
             added = torch.tensor(value, dtype=torch.float64)
             totals[name] = totals[name] + added if name in totals else added
     return totals
 
 
-def _measure_shard(shard: int, config: dict[str, Any]) -> dict[str, Any]:
+def _measure_shard(shard: int, payload: None, config: dict[str, Any]) -> dict[str, Any]:
     """One shard's sums, as JSON values."""
     model = opened(config["bundle"])
     reader = ShardReader(config["shards"])
     sizes = [size for size, _ in model.recipe.codebooks(model.settings)]
     totals: dict[str, Tensor] = {}
-    for batch in batches_of(reader, shard, config["split"]):
+    for batch, _, _ in seen_batches(reader, shard, config["split"]):
         with torch.inference_mode():
             measured = model.recipe.measure(model.model, batch)
         per_level = measured.codes.flatten(1, -2).unbind(-1) if len(sizes) > 1 else [measured.codes]
@@ -103,17 +86,6 @@ def _measure_shard(shard: int, config: dict[str, Any]) -> dict[str, Any]:
         for name, value in found.items():
             totals[name] = totals[name] + value.double() if name in totals else value.double()
     return {name: value.tolist() for name, value in totals.items()}
-
-
-_OPENED: dict[str, Trained] = {}
-
-
-def opened(directory: str) -> Trained:
-    """The bundle, loaded once per worker process: a bundle directory never changes."""
-    if directory not in _OPENED:
-        _OPENED.clear()
-        _OPENED[directory] = trained.open_trained(Path(directory))
-    return _OPENED[directory]
 
 
 def _shared_metrics(model: Trained, sums: dict[str, Tensor]) -> dict[str, float]:
@@ -144,6 +116,6 @@ def _draw(model: Trained, reader: ShardReader, split: str, counts: Tensor, out: 
         with torch.inference_mode():
             figures = {**model.recipe.pictures(model.model, batch), **figures}
     for name, figure in figures.items():
-        with storage.open_write(storage.join(out, f"{name}.png")) as file:
-            figure.savefig(file, format="png")
+        with storage.writing(storage.join(out, f"{name}.png")) as staged:
+            figure.savefig(staged, format="png")
     return [f"{name}.png" for name in figures]

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from pipelines import corpora
 from pipelines.manifest import Manifest
-from pipelines.plan import RowPlan
+from pipelines.plan import Plan
 from pipelines.recipe import Batch, Settings, Stage
-from pipelines.shards import ShardReader
+from pipelines.shards import ShardReader, values_of
 from vqcore.reduction import resolve
 
 
@@ -44,7 +45,7 @@ class Source:
     """This worker's share of every global batch of one stage."""
 
     reader: ShardReader
-    rows: RowPlan
+    rows: Plan
     double: bool
     device: torch.device
 
@@ -64,11 +65,14 @@ class Source:
 
 def read_columns(reader: ShardReader, split: str, ordinals: np.ndarray) -> tuple[dict[str, Tensor], np.ndarray]:
     """Columns as a recipe sees them, and row ids, of the given rows of a split."""
-    kind = reader.manifest.kind
-    stored = reader.take(split, ordinals)
-    corpus = corpora.load(kind)
-    settings = corpus.Settings.model_validate(reader.manifest.settings)
-    return corpus.tensors(stored, settings), stored["row_id"]
+    return as_seen(reader.manifest, reader.take(split, ordinals))
+
+
+def as_seen(manifest: Manifest, rows: pa.RecordBatch) -> tuple[dict[str, Tensor], np.ndarray]:
+    """Stored rows as the columns a recipe sees, and their row ids."""
+    corpus = corpora.load(manifest.kind)
+    stored = values_of(rows)
+    return corpus.tensors(stored, corpus.Settings.model_validate(manifest.settings)), stored["row_id"]
 
 
 def move(batch: Batch, device: torch.device, floats: torch.dtype | None) -> Batch:
@@ -88,12 +92,12 @@ class Feed:
 
     reader: ShardReader
 
-    def open(self, plan: Any, settings: Settings, stage: Stage, device: torch.device) -> Source:
-        rows = RowPlan(
+    def open(self, spec: Any, settings: Settings, stage: Stage, device: torch.device) -> Source:
+        rows = Plan(
             rows=self.reader.rows("train"),
             batch=settings.batch_size,
-            lanes=plan.lanes,
-            seed=plan.seed,
+            lanes=spec.lanes,
+            seed=spec.seed,
             row_order=stage.row_order,
         )
-        return Source(self.reader, rows, plan.double, device)
+        return Source(self.reader, rows, spec.double, device)

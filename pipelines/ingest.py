@@ -7,27 +7,30 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-from vqcore.bundle import read_card
 
 from pipelines import corpora, recipe, registry, storage
 from pipelines.corpora import NOT_TEST, Bad, CorpusSettings, Row, Slice, Survey
 from pipelines.errors import Failed, Refused
-from pipelines.manifest import FILE, SPLITS, Manifest, ShardRecord, Units, load_manifest
+from pipelines.manifest import (
+    SPLITS,
+    Manifest,
+    ShardRecord,
+    Units,
+    describe,
+    is_finished,
+    load_manifest,
+    save_manifest,
+)
 from pipelines.options import differences, validated
 from pipelines.parts import Part, Record, forget_records, run_parts
-from pipelines.shards import (
-    BATCH_ROWS,
-    ROWS_PER_PART,
-    export_parquet,
-    split_of,
-    table_of,
-    with_platform_columns,
-    write_shards,
-)
+from pipelines.shards import ShardWriter, batch_of, check_holdout, export_parquet, split_of
+from vqcore.bundle import read_card
 
 MOST_PART_BYTES = 256 << 20
 LEAST_PART_BYTES = 4 << 20
+BATCH_ROWS = 1024
 QUARANTINE = "quarantine.arrow"
 SOURCES = "sources.arrow"
 
@@ -87,7 +90,7 @@ def ingest(
         "source files": _listing_digest(survey),
     }
     _claim(out, request)
-    if storage.exists(storage.join(out, FILE)):
+    if is_finished(out):
         return _result(load_manifest(out), out, skipped=True)
     units = sum(s.stop - s.start for s in survey.slices)
     bad = 0
@@ -112,10 +115,10 @@ def ingest(
         for number, part in enumerate(parts)
     }
     records = run_parts(todo, _ingest_part, config, label="ingest", unit="units", out=out, check=check)
-    manifest = _finish(kind, request["settings"], corpus, settings, survey, records, out)
-    if manifest.rows == 0:
+    manifest = _finish(kind, corpus, settings, {"limit": limit, "holdout": holdout}, survey, records, out)
+    if manifest.rows() == 0:
         raise Failed(f"nothing in {', '.join(sources)} could be read: {_reasons(records)}. See {out}/{QUARANTINE}.")
-    manifest.save(out)
+    save_manifest(manifest, out)
     forget_records(out)
     if parquet:
         export_parquet(out)
@@ -126,8 +129,7 @@ def ingest(
 def _check_numbers(limit: int | None, holdout: float, max_bad_fraction: float) -> None:
     if limit is not None and limit < 1:
         raise Refused(f"--limit {limit}: it is a number of units to take, so at least 1.")
-    if not 0 <= holdout < 0.5:
-        raise Refused(f"--holdout {holdout}: valid and test take this share each, so it lies in [0, 0.5).")
+    check_holdout(holdout)
     if not 0 <= max_bad_fraction <= 1:
         raise Refused(f"--max-bad-fraction {max_bad_fraction}: it is a share of all units, so it lies in [0, 1].")
 
@@ -181,56 +183,59 @@ def _ingest_part(number: int, slices: list[Any], config: dict[str, Any]) -> Reco
     """Read one part, write its shards, and say what became of every unit."""
     corpus = corpora.load(config["kind"])
     settings = corpus.Settings.model_validate(config["settings"])
-    schema = with_platform_columns(corpus.schema(settings))
     record: Record = {"bad": [], "left_out": 0, "sources": []}
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for first, fields in slices:
-            piece = Slice(**fields)
-            wanted = _wanted(first, config["units"], config["limit"])
-            hashed, seen = hashlib.sha256(), 0
-            for _, found, fingerprint in corpus.read(piece, config["context"], settings, wanted):
-                hashed.update(fingerprint)
-                seen += 1
-                if isinstance(found, Bad):
-                    record["bad"].append([found.source, found.reason])
-                else:
-                    yield _finished_row(found, config["holdout"])
-            record["left_out"] += piece.stop - piece.start - seen
-            record["sources"].append([piece.name, piece.start, piece.stop, hashed.hexdigest()])
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        waiting: list[dict[str, Any]] = []
-        for place, row in enumerate(rows()):
-            if place >= ROWS_PER_PART:
-                raise Failed(f"part {number} holds over {ROWS_PER_PART:,} rows; cut its source into smaller files.")
-            waiting.append({"row_id": number * ROWS_PER_PART + place, **row})
+    with ShardWriter(config["out"], number, corpus.schema(settings)) as writer:
+        waiting: list[Row] = []
+        for row in _rows(corpus, settings, slices, config, record):
+            waiting.append(row)
             if len(waiting) == BATCH_ROWS:
-                yield table_of(schema, waiting)
+                _write(writer, waiting, config["holdout"])
                 waiting = []
-        if waiting:
-            yield table_of(schema, waiting)
-
-    record["shards"] = [asdict(shard) for shard in write_shards(config["out"], number, schema, batches())]
+        _write(writer, waiting, config["holdout"])
+    record["shards"] = [asdict(shard) for shard in writer.records]
     return record
+
+
+def _rows(
+    corpus: corpora.Corpus, settings: CorpusSettings, slices: list[Any], config: dict[str, Any], record: Record
+) -> Iterator[Row]:
+    """The rows of a part; what becomes of all other units goes into the record."""
+    for first, fields in slices:
+        piece = Slice(**fields)
+        hashed, seen = hashlib.sha256(), 0
+        wanted = _wanted(first, config["units"], config["limit"])
+        for _, found, fingerprint in corpus.read(piece, config["context"], settings, wanted):
+            hashed.update(fingerprint)
+            seen += 1
+            if isinstance(found, Bad):
+                record["bad"].append([found.source, found.reason])
+            else:
+                yield found
+        record["left_out"] += piece.stop - piece.start - seen
+        record["sources"].append([piece.name, piece.start, piece.stop, hashed.hexdigest()])
+
+
+def _write(writer: ShardWriter, rows: list[Row], holdout: float) -> None:
+    splits = np.array([SPLITS.index(_split_of(row, holdout)) for row in rows], dtype=np.int8)
+    writer.write(batch_of([row.values for row in rows], writer.corpus_schema), splits)
 
 
 def _wanted(first: int, units: int, limit: int | None) -> Callable[[int], bool]:
     return lambda unit: is_wanted(first + unit, units, limit)
 
 
-def _finished_row(row: Row, holdout: float) -> dict[str, Any]:
-    split = row.split or split_of(row.group, holdout)
+def _split_of(row: Row, holdout: float) -> str:
+    by_hash = split_of(row.group, holdout)
     if row.split == NOT_TEST:
-        split = "valid" if split_of(row.group, holdout) == "valid" else "train"
-    return {**row.values, "split": SPLITS.index(split)}
+        return "valid" if by_hash == "valid" else "train"
+    return row.split or by_hash
 
 
 def _finish(
     kind: str,
-    settings_json: dict[str, Any],
     corpus: corpora.Corpus,
     settings: CorpusSettings,
+    selection: dict[str, Any],
     survey: Survey,
     records: list[Record],
     out: str,
@@ -238,17 +243,21 @@ def _finish(
     """Write the side tables and make the manifest that will name them."""
     bad = [[part, *found] for part, record in enumerate(records) for found in record["bad"]]
     sources = [[part, *source] for part, record in enumerate(records) for source in record["sources"]]
-    files = {
-        QUARANTINE: _write_table(out, QUARANTINE, "part source reason", bad),
-        SOURCES: _write_table(out, SOURCES, "part name start stop sha256", sources),
-    }
+    _write_table(out, QUARANTINE, "part source reason", bad)
     shards = tuple(ShardRecord(**shard) for record in records for shard in record["shards"])
     kept = sum(shard.rows for shard in shards)
     left_out = sum(record["left_out"] for record in records)
     filtered = {**survey.ignored, **({"limit": left_out} if left_out else {})}
-    units = Units(kept + len(bad) + sum(filtered.values()), kept, len(bad), filtered)
-    schema = {field.name: str(field.type) for field in with_platform_columns(corpus.schema(settings))}
-    return Manifest(kind, settings_json, schema, shards, units, files, survey.context)
+    return Manifest(
+        kind=kind,
+        settings=settings.model_dump(mode="json"),
+        selection=selection,
+        columns=describe(corpus.schema(settings)),
+        shards=shards,
+        units=Units(kept + len(bad) + sum(filtered.values()), kept, len(bad), filtered),
+        sources=_write_table(out, SOURCES, "part name start stop sha256", sources),
+        context=survey.context,
+    )
 
 
 def _write_table(out: str, name: str, columns: str, rows: list[list[Any]]) -> str:

@@ -29,7 +29,7 @@ Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunSpec:
     """Everything a run's result depends on, and where its checkpoints go. JSON values only: it travels to workers."""
 
     recipe: str
@@ -76,15 +76,15 @@ class Trainee:
         return cls(stage, model, groups, optimisers, list(quantizers_in(model)), rates)
 
 
-def train(plan: Plan, feed: Feed, device: torch.device, tell: Callable[[Event], None]) -> tuple[nn.Module, Totals]:
-    """Run every stage of the plan's recipe from its newest checkpoint, or from the start.
+def train(spec: RunSpec, feed: Feed, device: torch.device, tell: Callable[[Event], None]) -> tuple[nn.Module, Totals]:
+    """Run every stage of the run's recipe from its newest checkpoint, or from the start.
 
     Returns the last stage's model and the run's totals, equal on all workers. `tell` gets events on rank 0 only.
     """
-    found = recipe.load(plan.recipe)
-    settings = found.Settings(**plan.settings)
+    found = recipe.load(spec.recipe)
+    settings = found.Settings(**spec.settings)
     say = tell if resolve(None).rank == 0 else _silent
-    store = Checkpoints(plan.out)
+    store = Checkpoints(spec.out)
     start = _agree_on_newest(store, say)
     saved = store.load(*start) if start else None
     if saved:
@@ -93,23 +93,23 @@ def train(plan: Plan, feed: Feed, device: torch.device, tell: Callable[[Event], 
     totals = Totals(**saved.state["totals"]) if saved else Totals()
     model: nn.Module | None = None
     for number, stage in enumerate(found.stages(settings)):
-        torch.manual_seed(_seed_of(plan.seed, number, 0, 0))
+        torch.manual_seed(_seed_of(spec.seed, number, 0, 0))
         model = stage.build(settings, model).to(device)
-        if plan.double:
+        if spec.double:
             model = model.double()
         if saved and number < saved.stage:
             continue
         here = saved if saved and number == saved.stage else None
-        _run_stage(number, Trainee.of(stage, settings, model), plan, settings, feed, device, here, totals, store, say)
+        _run_stage(number, Trainee.of(stage, settings, model), spec, settings, feed, device, here, totals, store, say)
     if model is None:
-        raise ValueError(f"recipe {plan.recipe!r} has no stages")
+        raise ValueError(f"recipe {spec.recipe!r} has no stages")
     return model, totals
 
 
 def _run_stage(
     number: int,
     trainee: Trainee,
-    plan: Plan,
+    spec: RunSpec,
     settings: Settings,
     feed: Feed,
     device: torch.device,
@@ -119,7 +119,7 @@ def _run_stage(
     say: Callable[[Event], None],
 ) -> None:
     stage = trainee.stage
-    source = feed.open(plan, settings, stage, device)
+    source = feed.open(spec, settings, stage, device)
     trainee.model.train()
     first = 0
     if saved:
@@ -130,15 +130,15 @@ def _run_stage(
             sentence = stage.seed(trainee.model, source.epoch())
         say({"kind": "log", "text": sentence})
     watch = Watch(trainee)
-    before = sum(earlier.steps for earlier in recipe.load(plan.recipe).stages(settings)[:number])
+    before = sum(earlier.steps for earlier in recipe.load(spec.recipe).stages(settings)[:number])
     for step in range(first, stage.steps):
-        torch.manual_seed(_seed_of(plan.seed, number, step, 1 + resolve(None).rank))
+        torch.manual_seed(_seed_of(spec.seed, number, step, 1 + resolve(None).rank))
         with watch.part("data"):
             batch, non_finite = source.at(step)
-        _one_step(trainee, batch, non_finite, step, plan, settings, totals, watch)
+        _one_step(trainee, batch, non_finite, step, spec, settings, totals, watch)
         done = step + 1
-        saving = done % plan.checkpoint_every == 0 or done == stage.steps
-        if done % plan.log_every == 0 or saving:
+        saving = done % spec.checkpoint_every == 0 or done == stage.steps
+        if done % spec.log_every == 0 or saving:
             seen = watch.flush(totals)
             totals.latest = {name: value for name, value in seen.items() if not name.startswith("speed/")}
             # One curve runs through all stages, so metrics carry the step of the whole run.
@@ -155,7 +155,7 @@ def _one_step(
     batch: Batch,
     non_finite: int,
     step: int,
-    plan: Plan,
+    spec: RunSpec,
     settings: Settings,
     totals: Totals,
     watch: "Watch",
@@ -171,7 +171,7 @@ def _one_step(
         for group in trainee.groups.values():
             for parameter in group:
                 parameter.grad = None
-        for micro in _micro_batches(batch, plan.micro_batches):
+        for micro in _micro_batches(batch, spec.micro_batches):
             losses = stage.losses(model, micro, share)
             _backward(losses, trainee.groups)
             watch.add(losses)

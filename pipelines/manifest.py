@@ -1,96 +1,186 @@
-"""manifest.json: what makes a directory of shards exist. It is written last, and its digest covers content only."""
+"""manifest.json makes a directory of shards exist. It is written last, and its digest covers content only."""
 
+import hashlib
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from pipelines import storage
 from pipelines.errors import Refused
 
 FORMAT = "vqray-shards"
 VERSION = 1
-FILE = "manifest.json"
+NAME = "manifest.json"
 SPLITS = ("train", "valid", "test")
+"""The values 0, 1, 2 of the `split` column."""
+SHARD_NAME = re.compile(r"shard-\d{5,}-\d{3,}\.arrow")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the shards, without the platform's own row_id and split."""
+
+    type: str
+    """For tensors and numbers NumPy's element type (`float16`); else Arrow's (`list<item: float>`)."""
+    shape: tuple[int, ...] | None
+    """Shape of one row's value where it is fixed (() for a number); None for text, bytes and lists."""
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One immutable Arrow IPC file."""
+    """One immutable shard."""
 
     name: str
+    """File name below the directory of the manifest."""
     rows: int
     bytes: int
     sha256: str
     splits: dict[str, int]
-    """Split -> its rows in this shard."""
+    """Rows of train, valid and test; they add up to `rows`."""
 
 
 @dataclass(frozen=True)
 class Units:
-    """What an ingest read. read = kept + quarantined + the sum of filtered."""
+    """What became of everything the sources held: read = kept + quarantined + all of filtered."""
 
     read: int
     kept: int
     quarantined: int
     filtered: dict[str, int]
-    """Named setting or reason -> units it left out."""
+    """Named setting or reason (`limit`, `other files`) -> units left out because of it."""
+
+    def __post_init__(self) -> None:
+        accounted = self.kept + self.quarantined + sum(self.filtered.values())
+        if self.read != accounted:
+            raise RuntimeError(
+                f"{self.read} units read, but {accounted} kept, quarantined or filtered: some were lost."
+            )
 
 
 @dataclass(frozen=True)
 class Manifest:
+    """A finished directory of shards. Rows are in the order of `shards`."""
+
     kind: str
     """Corpus kind, or `codes`."""
     settings: dict[str, Any]
-    """How rows were prepared."""
-    schema: dict[str, str]
-    """Column -> Arrow type."""
+    """The corpus's settings."""
+    selection: dict[str, Any]
+    """How rows were chosen: `limit`, `holdout`."""
+    columns: dict[str, Column]
     shards: tuple[ShardRecord, ...]
     units: Units
-    files: dict[str, str] = field(default_factory=dict)
-    """Other files of this directory (sources.arrow, quarantine.arrow) -> sha256."""
-    context: dict[str, Any] = field(default_factory=dict)
-    """What the corpus found out about the whole, such as class names."""
-    parents: dict[str, str] = field(default_factory=dict)
-    """What this was made from -> digest."""
+    sources: str
+    """sha256 of sources.arrow beside the manifest: names relative to the source URI, and fingerprints.
 
-    @property
-    def rows(self) -> int:
-        return sum(shard.rows for shard in self.shards)
+    Empty where rows were made from rows."""
+    parents: dict[str, str] = field(default_factory=dict)
+    """What it was made from: name (`shards`, `bundle`) -> digest. Empty after an ingest."""
+    context: dict[str, Any] = field(default_factory=dict)
+    """JSON values the corpus shares between rows, such as class names."""
 
     @property
     def digest(self) -> str:
-        """sha256 of the content: no path, time or host takes part."""
-        return storage.sha256_of_bytes(storage.canonical_json(self._content()))
+        """sha256 of the content: no absolute paths, times or hosts, so two runs of one ingest agree."""
+        return hashlib.sha256(storage.canonical_json(to_json(self))).hexdigest()
 
-    def _content(self) -> dict[str, Any]:
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+    def rows(self, split: str = "all") -> int:
+        """Rows of `train`, `valid`, `test` or `all`."""
+        check_split(split)
+        return sum(shard.rows if split == "all" else shard.splits[split] for shard in self.shards)
 
-    def save(self, uri: str) -> None:
-        storage.write_json_atomic(storage.join(uri, FILE), {**self._content(), "digest": self.digest})
+
+def check_split(split: str) -> None:
+    if split not in (*SPLITS, "all"):
+        raise Refused(f"there is no split {split!r}; allowed: {', '.join(SPLITS)}, all.")
+
+
+def describe(schema: pa.Schema) -> dict[str, Column]:
+    """Arrow schema -> what a manifest says of it."""
+    return {item.name: _column(item.type) for item in schema}
+
+
+def to_json(manifest: Manifest) -> dict[str, Any]:
+    """What is written and digested; the digest itself is added by `save_manifest`."""
+    return {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+
+
+def save_manifest(manifest: Manifest, uri: str) -> None:
+    """Write manifest.json into a directory whose shards are all there: from now on it exists."""
+    storage.write_json_atomic(storage.join(uri, NAME), {**to_json(manifest), "digest": manifest.digest})
+
+
+def is_finished(uri: str) -> bool:
+    """Whether the directory has its manifest."""
+    return storage.exists(storage.join(uri, NAME))
 
 
 def load_manifest(uri: str) -> Manifest:
     """The manifest of a directory.
 
     Raises:
-        Refused: no manifest, one of another version, or one whose content is not what its digest says.
+        Refused: no manifest, another format or version, or content that does not fit its digest.
     """
-    home = storage.join(uri, FILE)
-    if not storage.exists(home):
-        begun = storage.exists(storage.join(uri, "request.json"))
-        what = (
-            "an unfinished one: run the command that began it again" if begun else "not one: `vqray ingest` makes them"
+    uri = storage.normalise(uri)
+    if not is_finished(uri):
+        begun = any(storage.exists(storage.join(uri, name)) for name in ("request.json", "parts"))
+        hint = (
+            "rerun the command that began it to complete it"
+            if begun
+            else "give the --out of a finished ingest or encode"
         )
-        raise Refused(f"no {FILE} in {uri}. A directory of shards is whole only with it, and this is {what}.")
-    record = storage.read_json(home)
-    if (record.get("format"), record.get("version")) != (FORMAT, VERSION):
-        given = f"{record.get('format')!r} version {record.get('version')!r}"
+        raise Refused(f"no {NAME} in {uri}: not a finished vqray directory; {hint}.")
+    where = storage.join(uri, NAME)
+    return from_json(storage.read_json(where), where)
+
+
+def from_json(value: Any, where: str) -> Manifest:
+    """The manifest that `save_manifest` wrote; `where` is for messages."""
+    if not isinstance(value, Mapping) or value.get("format") != FORMAT:
+        found = value.get("format") if isinstance(value, Mapping) else type(value).__name__
+        raise Refused(f"{where} is not a {FORMAT} manifest (format: {found!r}).")
+    if value.get("version") != VERSION:
         raise Refused(
-            f"{home} is {given}; this vqray reads {FORMAT!r} version {VERSION}. Ingest again, or update vqray."
+            f"{where} has format version {value.get('version')!r}; this vqray reads version {VERSION}. "
+            "Read it with the vqray that wrote it, or ingest again."
         )
-    digest = record.pop("digest", None)
-    found = storage.sha256_of_bytes(storage.canonical_json(record))
-    if digest != found:
-        raise Refused(f"{home} was changed after it was written: its digest says {digest}, its content is {found}.")
-    fields = {name: value for name, value in record.items() if name not in ("format", "version")}
-    fields["shards"] = tuple(ShardRecord(**shard) for shard in fields["shards"])
-    return Manifest(**{**fields, "units": Units(**fields["units"])})
+    content = {name: item for name, item in value.items() if name != "digest"}
+    found = hashlib.sha256(storage.canonical_json(content)).hexdigest()
+    if found != value.get("digest"):
+        raise Refused(
+            f"{where} says digest {value.get('digest')!r}, but its content has {found}: it was edited or damaged."
+        )
+    try:
+        return _parsed(content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Refused(f"{where} is not a version {VERSION} manifest: {error!r}.") from None
+
+
+def _parsed(content: dict[str, Any]) -> Manifest:
+    fields = {name: item for name, item in content.items() if name not in ("format", "version")}
+    shards = tuple(ShardRecord(**shard) for shard in fields.pop("shards"))
+    for shard in shards:
+        # A name is joined to the directory and opened, so it must not lead anywhere else.
+        if not SHARD_NAME.fullmatch(shard.name):
+            raise TypeError(f"shard name {shard.name!r}")
+    columns = {
+        name: Column(column["type"], None if column["shape"] is None else tuple(column["shape"]))
+        for name, column in fields.pop("columns").items()
+    }
+    return Manifest(shards=shards, columns=columns, units=Units(**fields.pop("units")), **fields)
+
+
+def _column(kind: pa.DataType) -> Column:
+    if isinstance(kind, pa.FixedShapeTensorType):
+        return Column(_numpy_name(kind.value_type), tuple(kind.shape))
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        return Column(_numpy_name(kind), ())
+    return Column(str(kind), None)
+
+
+def _numpy_name(kind: pa.DataType) -> str:
+    return np.dtype(kind.to_pandas_dtype()).name

@@ -5,6 +5,7 @@ tried twice overwrites its own files with the same bytes.
 """
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ def run_parts(
         return [records[part] for part in parts]
     cluster.connect()
     cluster.require_free_cpu()
+    # Ray Data's own bars and log lines would tear ours apart.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -1,109 +1,132 @@
-"""Who reads which rows at which step: pure arithmetic, so that resuming is a number and workers change nothing.
+"""Who reads what: pure arithmetic on (rows, batch, lanes, seed, step, rank, world).
 
-The split's rows are cut into lanes, contiguous and as equal as can be. Each lane walks its own rows in blocks of 1,024,
-blocks and the rows inside them in an order drawn anew each epoch. A step takes batch / lanes rows from every lane, and
-worker r of W serves lanes r, r + W, ...: the global batches are the same for every W. (MosaicML streaming's canonical
-nodes are the model.)
+The rows of a split are cut into lanes, contiguous ranges of equal length (give or take one). A step takes batch / lanes
+rows from every lane, and worker r of W serves lanes r, r + W, ... So global batches are the same for every W, and to
+resume is to go on with the next step. After MosaicML streaming's canonical nodes.
 """
 
-import math
-from dataclasses import dataclass
 from functools import lru_cache
+from math import gcd
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from pipelines.errors import Refused
 
 BLOCK = 1024
+"""Rows that lie together in a lane and are shuffled among themselves: reading stays local, batches do not repeat."""
 
 
 def lanes_for(batch: int, max_workers: int) -> int:
     """The smallest divisor of `batch` that is at least max(gcd(batch, 64), max_workers).
 
     Raises:
-        Refused: there is none; the message names the nearest batch size that has one.
+        Refused: there is none, because the batch has fewer rows than there are workers.
     """
-    least = max(math.gcd(batch, 64), max_workers)
-    for lanes in range(least, batch + 1):
-        if batch % lanes == 0:
-            return lanes
-    raise Refused(
-        f"a batch of {batch} rows cannot be shared by {max_workers} workers, each of which needs a row a step;"
-        f" use batch_size={max_workers} or more, or fewer workers."
-    )
+    if batch < 1 or max_workers < 1:
+        raise Refused(f"a batch of {batch} rows for {max_workers} workers was given; both must be at least 1.")
+    least = max(gcd(batch, 64), max_workers)
+    if least > batch:
+        raise Refused(
+            f"a batch of {batch} rows cannot be shared by {max_workers} workers, one row each at least; "
+            f"the nearest batch sizes are {max_workers} and {-(-max_workers // 64) * 64}."
+        )
+    return next(lanes for lanes in range(least, batch + 1) if batch % lanes == 0)
 
 
-@dataclass(frozen=True)
-class RowPlan:
-    """The row order of one stage over one split. Rows are named by their ordinal in the split."""
+class Plan:
+    """The rows of every step of every epoch. Ordinals count within the split."""
 
-    rows: int
-    batch: int
-    lanes: int
-    seed: int
-    row_order: Literal["shuffled", "sequential"] = "shuffled"
-
-    def __post_init__(self) -> None:
-        if self.rows < 1 or self.batch < 1 or self.lanes < 1 or self.batch % self.lanes:
-            raise ValueError(
-                f"rows={self.rows}, batch={self.batch}, lanes={self.lanes}: all must be at least 1 and lanes a"
-                " divisor of batch"
-            )
-
-    @property
-    def per_lane(self) -> int:
-        """Rows that one step takes from each lane."""
-        return self.batch // self.lanes
-
-    @property
-    def steps_per_epoch(self) -> int:
-        longest = -(-self.rows // self.lanes)
-        return -(-longest // self.per_lane)
-
-    def at(self, step: int, rank: int, world: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ordinals int64 [b], mask bool [b]) of worker `rank` of `world`; masked places hold ordinal 0.
-
-        Raises:
-            ValueError: more workers than lanes, since some would have nothing to read.
+    def __init__(
+        self, rows: int, batch: int, lanes: int, seed: int, row_order: Literal["shuffled", "sequential"] = "shuffled"
+    ) -> None:
         """
-        if not 0 <= rank < world <= self.lanes:
-            raise ValueError(
-                f"rank {rank} of {world} workers: ranks begin at 0, and {self.lanes} lanes serve that many"
+        Args:
+            rows: of the split.
+            batch: rows of a global step.
+            lanes: a divisor of batch, from `lanes_for`; part of what a result depends on.
+            row_order: `sequential` walks every lane from its first row to its last.
+        """
+        if rows < 1:
+            raise Refused(
+                "the split has no rows to read; ingest more, or give a larger --set holdout or another split."
+            )
+        if lanes < 1 or batch % lanes:
+            raise Refused(f"{lanes} lanes do not divide a batch of {batch} rows; use lanes_for(batch, workers).")
+        if row_order not in ("shuffled", "sequential"):
+            raise Refused(f"row_order={row_order!r} was given; allowed: shuffled, sequential.")
+        if seed < 0:
+            raise Refused(f"seed={seed} was given; it must be at least 0.")
+        self.rows, self.batch, self.lanes, self.seed, self.row_order = rows, batch, lanes, seed, row_order
+        self.rows_per_lane = batch // lanes
+        longest = (rows + lanes - 1) // lanes
+        self.steps_per_epoch = (longest + self.rows_per_lane - 1) // self.rows_per_lane
+        # Bounded: one order of blocks per lane and epoch, and the blocks the lanes are now in.
+        self._walk = lru_cache(maxsize=lanes + 1)(self._walk_blocks)
+        self._inside = lru_cache(maxsize=2 * lanes + 2)(self._shuffle_block)
+
+    def at(self, step: int, rank: int = 0, world: int = 1) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """One worker's rows of one step, lane after lane.
+
+        Returns:
+            (ordinals [b], mask [b]); where mask is False the lane ran short: that ordinal is filler, to be masked out.
+            Workers' b differ by at most one lane where `world` does not divide `lanes`.
+        """
+        if not 0 <= rank < world <= self.lanes or step < 0:
+            raise Refused(
+                f"step {step}, worker {rank} of {world} was asked for with {self.lanes} lanes; "
+                "allowed: step >= 0 and 0 <= worker < workers <= lanes."
             )
         epoch, within = divmod(step, self.steps_per_epoch)
-        low = within * self.per_lane
-        taken = [self._lane(lane, epoch, low) for lane in range(rank, self.lanes, world)]
-        ordinals = np.full(len(taken) * self.per_lane, -1, dtype=np.int64)
-        for place, rows in enumerate(taken):
-            ordinals[place * self.per_lane : place * self.per_lane + len(rows)] = rows
-        mask = ordinals >= 0
-        return np.where(mask, ordinals, 0), mask
+        serving = range(rank, self.lanes, world)
+        ordinals = np.empty((len(serving), self.rows_per_lane), np.int64)
+        mask = np.zeros((len(serving), self.rows_per_lane), np.bool_)
+        first = within * self.rows_per_lane
+        for index, lane in enumerate(serving):
+            start, stop = self.span(lane)
+            valid = max(0, min(self.rows_per_lane, stop - start - first))
+            mask[index, :valid] = True
+            ordinals[index, valid:] = min(start, self.rows - 1)
+            if self.row_order == "sequential":
+                ordinals[index, :valid] = np.arange(start + first, start + first + valid)
+            else:
+                self._shuffled(epoch, lane, first, ordinals[index, :valid])
+        return ordinals.reshape(-1), mask.reshape(-1)
 
-    def _lane(self, lane: int, epoch: int, low: int) -> np.ndarray:
-        """The lane's rows at places [low, low + per_lane) of its walk; fewer at its end."""
-        first = lane * self.rows // self.lanes
-        count = (lane + 1) * self.rows // self.lanes - first
-        stop = min(low + self.per_lane, count)
-        if low >= stop:
-            return np.empty(0, dtype=np.int64)
-        if self.row_order == "sequential":
-            return np.arange(first + low, first + stop, dtype=np.int64)
-        pieces = [self._walk(lane, epoch, count, place) for place in range(low // BLOCK, (stop - 1) // BLOCK + 1)]
-        offset = low % BLOCK
-        walked: np.ndarray = np.concatenate(pieces)[offset : offset + stop - low]
-        return first + walked
+    def span(self, lane: int) -> tuple[int, int]:
+        """A lane's own ordinals [start, stop)."""
+        return lane * self.rows // self.lanes, (lane + 1) * self.rows // self.lanes
 
-    def _walk(self, lane: int, epoch: int, count: int, place: int) -> np.ndarray:
-        """The block at `place` of a lane's walk. The short last block stays last, so that places are arithmetic."""
-        whole = count // BLOCK
-        block = place if place >= whole else int(_order(self.seed, epoch, lane, -1, whole)[place])
-        shuffled: np.ndarray = block * BLOCK + _order(self.seed, epoch, lane, block, min(BLOCK, count - block * BLOCK))
-        return shuffled
+    def _shuffled(self, epoch: int, lane: int, first: int, out: npt.NDArray[np.int64]) -> None:
+        """Ordinals at the places first, first + 1, ... of a lane's walk, written to `out`."""
+        start, stop = self.span(lane)
+        done = 0
+        while done < len(out):
+            walk, short_turn = self._walk(epoch, lane)
+            # Only the last block may be short; every block walked after it begins that much earlier.
+            missing = len(walk) * BLOCK - (stop - start)
+            place = first + done
+            turn = place // BLOCK if place < (short_turn + 1) * BLOCK - missing else (place + missing) // BLOCK
+            begin = turn * BLOCK - (missing if turn > short_turn else 0)
+            block = int(walk[turn])
+            rows = self._inside(epoch, lane, block)[place - begin : first + len(out) - begin]
+            np.add(rows, start + block * BLOCK, out=out[done : done + len(rows)])
+            done += len(rows)
 
+    def _walk_blocks(self, epoch: int, lane: int) -> tuple[npt.NDArray[np.int64], int]:
+        """The order of a lane's blocks, and the turn of the last one."""
+        start, stop = self.span(lane)
+        walk = self._permutation((stop - start + BLOCK - 1) // BLOCK, epoch, lane, 0)
+        return walk, int(np.argmax(walk))
 
-@lru_cache(maxsize=8192)
-def _order(seed: int, epoch: int, lane: int, block: int, count: int) -> np.ndarray:
-    """A permutation of range(count) that (seed, epoch, lane, block) alone decide."""
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, lane, block + 1])))
-    return generator.permutation(count)
+    def _shuffle_block(self, epoch: int, lane: int, block: int) -> npt.NDArray[np.int64]:
+        start, stop = self.span(lane)
+        return self._permutation(min(BLOCK, stop - start - block * BLOCK), epoch, lane, block + 1)
+
+    def _permutation(self, n: int, epoch: int, lane: int, purpose: int) -> npt.NDArray[np.int64]:
+        # Raw Philox output and a stable sort: NumPy promises the stream of bit generators, not that of `permutation`,
+        # and a run must resume in the same order under a later NumPy.
+        key = np.array([self.seed % 2**64, lane], np.uint64)
+        bits = np.random.Philox(key=key, counter=np.array([0, 0, purpose, epoch], np.uint64))
+        return np.argsort(bits.random_raw(n), kind="stable")

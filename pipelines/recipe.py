@@ -78,15 +78,15 @@ class Stage:
     steps: int
     build: Callable[[Any, nn.Module | None], nn.Module]
     """(settings, model of the stage before or None) -> the model this stage trains."""
-    losses: Callable[[nn.Module, Batch, Share], Losses]
+    losses: Callable[[Any, Batch, Share], Losses]
     optimiser: Callable[[Any, str, list[nn.Parameter]], Optimizer]
     """(settings, group name, its parameters) -> optimiser. A group without parameters gets none."""
-    groups: Callable[[nn.Module], dict[str, list[nn.Parameter]]] = all_parameters
-    counts: Callable[[nn.Module, Batch], dict[str, int]] = rows_only
+    groups: Callable[[Any], dict[str, list[nn.Parameter]]] = all_parameters
+    counts: Callable[[Any, Batch], dict[str, int]] = rows_only
     """Local counts the losses divide by. `rows` is required; `vectors` is handed to the quantizers."""
     schedule: Callable[[Any, int], float] | None = None
     """(settings, step) -> factor on the learning rate."""
-    seed: Callable[[nn.Module, Iterable[Batch]], str] | None = None
+    seed: Callable[[Any, Iterable[Batch]], str] | None = None
     """Sets codebooks from this worker's batches before step 0 and says in a sentence what was used."""
     row_order: Literal["shuffled", "sequential"] = "shuffled"
 
@@ -130,15 +130,15 @@ class Recipe:
     stages: Callable[[Any], tuple[Stage, ...]]
     codebooks: Callable[[Any], list[tuple[int, int]]]
     """settings -> (num_codes, code_dim) per level."""
-    encode: Callable[[nn.Module, Batch], Int64[Tensor, "B ..."]]
-    decode: Callable[[nn.Module, Int64[Tensor, "B ..."]], dict[str, Tensor]]
+    encode: Callable[[Any, Batch], Int64[Tensor, "B ..."]]
+    decode: Callable[[Any, Int64[Tensor, "B ..."]], dict[str, Tensor]]
     """codes -> columns as the corpus stores them."""
-    measure: Callable[[nn.Module, Batch], Measured]
+    measure: Callable[[Any, Batch], Measured]
     summarise: Callable[[dict[str, Tensor]], dict[str, float]]
     """Sums over the split (with `rows`) -> the recipe's own metrics. Usage and perplexity are added for everyone."""
     space: dict[str, str]
     """Setting -> search expression for tuning, in the grammar of `--set`: `choice:a,b` or `a..b:log2`."""
-    pictures: Callable[[nn.Module, Batch], dict[str, Any]] | None = None
+    pictures: Callable[[Any, Batch], dict[str, Any]] | None = None
     """A few rows -> name -> matplotlib Figure."""
     demo: Demo | None = None
     name: str = ""

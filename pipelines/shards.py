@@ -1,242 +1,332 @@
-"""Arrow IPC shards: written atomically, read through memory maps, each verified when a process first touches it."""
+"""Shards: immutable Arrow IPC files of one record batch each, memory-mapped and read by row number.
+
+Every shard has `row_id` int64 (part x 2^28 + index in the part: unique in its manifest) and `split` int8 before the
+corpus's own columns. Tensors are Arrow's fixed_shape_tensor, so any Arrow reads them.
+"""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from types import TracebackType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from pipelines import storage
 from pipelines.errors import Failed, Refused
-from pipelines.manifest import SPLITS, Manifest, ShardRecord, load_manifest
+from pipelines.manifest import SPLITS, Manifest, ShardRecord, check_split, load_manifest
 
-ROWS_PER_PART = 1 << 28
-"""A row id is part x 2^28 + its place in the part, so that parts number their rows without knowing each other."""
-BATCH_ROWS = 1024
+ROWS_PER_PART = 2**28
+SHARD_BYTES = 128 * 2**20
+PLATFORM = (pa.field("row_id", pa.int64(), nullable=False), pa.field("split", pa.int8(), nullable=False))
+
+Int64s = npt.NDArray[np.int64]
 
 
 def split_of(group: str, holdout: float) -> str:
-    """The split of a group by the hash of its name: valid and test get `holdout` of all groups each."""
-    place = int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "big") / 2**64
-    return "test" if place < holdout else "valid" if place < 2 * holdout else "train"
-
-
-def with_platform_columns(schema: pa.Schema) -> pa.Schema:
-    """A corpus's schema with the columns every shard has: row_id and split."""
-    return schema.insert(0, pa.field("row_id", pa.int64())).insert(1, pa.field("split", pa.int8()))
-
-
-def table_of(schema: pa.Schema, rows: Sequence[Mapping[str, Any]]) -> pa.RecordBatch:
-    """Rows as one record batch; fixed-shape tensor columns take arrays of exactly their shape and type."""
-    return pa.record_batch([_column(field, [row[field.name] for row in rows]) for field in schema], schema=schema)
-
-
-def _column(field: pa.Field, values: list[Any]) -> pa.Array:
-    if not isinstance(field.type, pa.FixedShapeTensorType):
-        return pa.array(values, field.type)
-    kind = field.type.value_type.to_pandas_dtype()
-    stacked = np.ascontiguousarray(np.stack(values))
-    if stacked.dtype != kind or list(stacked.shape[1:]) != list(field.type.shape):
-        raise ValueError(
-            f"column {field.name!r} takes {np.dtype(kind)} arrays of {list(field.type.shape)};"
-            f" given {stacked.dtype} of {list(stacked.shape[1:])}"
-        )
-    flat = pa.array(stacked.reshape(-1))
-    return pa.ExtensionArray.from_storage(
-        field.type, pa.FixedSizeListArray.from_arrays(flat, int(np.prod(field.type.shape)))
+    """train, valid or test by a hash of the group key; valid and test each get the share `holdout` of all groups."""
+    draw = (
+        int.from_bytes(hashlib.blake2b(group.encode("utf-8", "backslashreplace"), digest_size=8).digest(), "big")
+        / 2**64
     )
+    return "valid" if draw < holdout else "test" if draw < 2 * holdout else "train"
 
 
-def write_shards(
-    uri: str, part: int, schema: pa.Schema, batches: Iterable[pa.RecordBatch], target_bytes: int = 256 << 20
-) -> list[ShardRecord]:
-    """Write a part's record batches as `shard-<part>-<n>.arrow`, a new file when one has reached `target_bytes`.
+def check_holdout(holdout: float) -> None:
+    """Refuse a holdout that leaves nothing to train on."""
+    if not 0 <= holdout < 0.5:
+        raise Refused(
+            f"holdout={holdout} was given; it is the share of groups for valid and again for test: 0 <= holdout < 0.5."
+        )
 
-    A repeated part overwrites its own files with the same bytes.
+
+def batch_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
+    """Values -> one record batch. Tensor columns take arrays of exactly their shape; only floats are rounded.
+
+    Raises:
+        Failed: a value does not fit its column; the message names the column.
     """
-    records: list[ShardRecord] = []
-    waiting: list[pa.RecordBatch] = []
-    for batch in batches:
-        waiting.append(batch)
-        if sum(b.nbytes for b in waiting) >= target_bytes:
-            records.append(_write_one(uri, part, len(records), schema, waiting))
-            waiting = []
-    if waiting:
-        records.append(_write_one(uri, part, len(records), schema, waiting))
-    return records
+    columns = []
+    for item in schema:
+        values = [row[item.name] for row in rows]
+        try:
+            if isinstance(item.type, pa.FixedShapeTensorType):
+                columns.append(tensor_array(_stacked(values, item.type), item.type))
+            else:
+                columns.append(pa.array(values, item.type))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError, ArithmeticError) as error:
+            raise Failed(f"column {item.name!r} ({item.type}) got a value that does not fit: {error}") from error
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _write_one(uri: str, part: int, number: int, schema: pa.Schema, batches: list[pa.RecordBatch]) -> ShardRecord:
-    name = f"shard-{part:05d}-{number:03d}.arrow"
-    home = storage.join(uri, name)
-    with storage.open_write(home) as file, pa.ipc.new_file(file, schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-    digest = _digest_of(home)
-    splits = np.concatenate([batch.column("split").to_numpy() for batch in batches])
-    counts = {split: int((splits == place).sum()) for place, split in enumerate(SPLITS)}
-    return ShardRecord(name, len(splits), storage.size(home), digest, counts)
+def tensor_array(values: npt.NDArray[Any], kind: pa.FixedShapeTensorType) -> pa.ExtensionArray:
+    """[N, *shape] -> N tensors of that Arrow type, without a copy where `values` is contiguous."""
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1), kind.value_type)
+    return pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays(flat, type=kind.storage_type))
 
 
-def _digest_of(uri: str) -> str:
-    with storage.open_read(uri) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def to_tensor(column: pa.Array) -> torch.Tensor:
+    """A tensor or number column of a batch from `ShardReader` as [N, *shape], without a copy."""
+    if isinstance(column.type, pa.FixedShapeTensorType):
+        return torch.from_dlpack(column.storage.flatten()).view(len(column), *column.type.shape)
+    return torch.from_dlpack(column)
+
+
+def values_of(batch: pa.RecordBatch) -> dict[str, Any]:
+    """Column -> numpy array [N, *shape] for tensors and numbers, without a copy; a list of values for all others."""
+
+    def dense(column: pa.Array) -> bool:
+        kind = column.type
+        number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        return isinstance(kind, pa.FixedShapeTensorType) or (number and not column.null_count)
+
+    columns = zip(batch.schema.names, batch.columns, strict=True)
+    return {name: to_tensor(column).numpy() if dense(column) else column.to_pylist() for name, column in columns}
+
+
+class ShardWriter:
+    """Writes the rows of one part as shards of about `target_bytes`, each of which appears whole or not at all.
+
+    A part that is written again writes the same names, so a retry overwrites itself.
+    """
+
+    def __init__(self, uri: str, part: int, schema: pa.Schema, target_bytes: int = SHARD_BYTES) -> None:
+        """`schema`: the corpus's columns, without row_id and split."""
+        if taken := {"row_id", "split"} & set(schema.names):
+            raise Refused(
+                f"the columns {sorted(taken)} are the platform's own; a corpus must name its columns otherwise."
+            )
+        self.uri = storage.normalise(uri)
+        self.part = part
+        self.corpus_schema = schema
+        self.schema = pa.schema([*PLATFORM, *schema], metadata=schema.metadata)
+        self.target_bytes = target_bytes
+        self.records: list[ShardRecord] = []
+        self.rows = 0
+        self._waiting: list[pa.RecordBatch] = []
+        self._bytes = 0
+
+    def write(self, batch: pa.RecordBatch, splits: npt.NDArray[np.int8], row_ids: Int64s | None = None) -> None:
+        """Add rows. `row_ids` are kept where rows are made from rows (codes); else they follow from part and index."""
+        if row_ids is None:
+            if self.rows + batch.num_rows > ROWS_PER_PART:
+                raise Failed(f"part {self.part} has more than {ROWS_PER_PART} rows; cut its source into smaller parts.")
+            row_ids = np.arange(self.rows, self.rows + batch.num_rows) + self.part * ROWS_PER_PART
+        columns = [pa.array(row_ids, pa.int64()), pa.array(splits, pa.int8()), *batch.columns]
+        whole = pa.RecordBatch.from_arrays(columns, schema=self.schema)
+        if self._waiting and self._bytes + whole.nbytes > self.target_bytes:
+            self._flush()
+        self.rows += batch.num_rows
+        if batch.num_rows:
+            self._waiting.append(whole)
+            self._bytes += whole.nbytes
+
+    def close(self) -> list[ShardRecord]:
+        """Write what is left; the records of all shards of this part, in order."""
+        if self._waiting:
+            self._flush()
+        return self.records
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+
+    def _flush(self) -> None:
+        batch = pa.concat_batches(self._waiting)
+        self._waiting, self._bytes = [], 0
+        name = f"shard-{self.part:05d}-{len(self.records):03d}.arrow"
+        with storage.writing(storage.join(self.uri, name)) as staged:
+            with pa.OSFile(str(staged), "wb") as sink, pa.ipc.new_file(sink, self.schema) as writer:
+                writer.write_batch(batch)
+            size, digest = staged.stat().st_size, storage.sha256_of_file(staged)
+        counts = np.bincount(batch.column("split").to_numpy(), minlength=len(SPLITS)).tolist()
+        self.records.append(ShardRecord(name, batch.num_rows, size, digest, dict(zip(SPLITS, counts, strict=True))))
 
 
 class ShardReader:
-    """Random access to the rows of a manifest, by split.
+    """The rows of a finished directory, by split and ordinal (order: shards of the manifest, then rows of the shard).
 
-    A row's ordinal in a split is its place among the split's rows, in the order of shards and of rows inside them.
-    Opening checks that every shard is there with the right size; its bytes are hashed when a row of it is first read.
+    Shards are mapped when first touched; then, once a process, their digest is checked.
     """
 
-    def __init__(self, uri: str):
-        self.uri = storage.normalise(uri)
-        self.manifest: Manifest = load_manifest(self.uri)
-        self._tables: dict[int, pa.Table] = {}
-        self._arrays: dict[tuple[int, str], Any] = {}
-        self._places: dict[tuple[int, str], np.ndarray] = {}
-        present = {entry.name: entry.bytes for entry in storage.list_files(self.uri)}
-        for shard in self.manifest.shards:
-            if present.get(shard.name) != shard.bytes:
-                found = f"{present[shard.name]:,} bytes" if shard.name in present else "missing"
-                raise Refused(
-                    f"{storage.join(self.uri, shard.name)} is {found}; the manifest says {shard.bytes:,} bytes."
-                    " Ingest into a new directory, or restore the file."
-                )
-
-    def rows(self, split: str) -> int:
-        """Number of rows of a split, or of `all`."""
-        _check_split(split)
-        return self.manifest.rows if split == "all" else sum(s.splits[split] for s in self.manifest.shards)
-
-    def span(self, shard: int, split: str) -> tuple[int, int]:
-        """The ordinals [first, stop) that one shard holds of a split."""
-        bounds = self._bounds(split)
-        return int(bounds[shard]), int(bounds[shard + 1])
-
-    def take(self, split: str, ordinals: np.ndarray) -> dict[str, Any]:
-        """Column -> values of the rows with these ordinals, in their order.
-
-        Fixed-shape tensors and numbers come as numpy arrays, everything else as lists.
+    def __init__(self, uri: str, manifest: Manifest | None = None) -> None:
         """
-        bounds = self._bounds(split)
-        shard_of = np.searchsorted(bounds, ordinals, side="right") - 1
-        touched = np.unique(shard_of)
-        if len(ordinals) and (ordinals.min() < 0 or ordinals.max() >= bounds[-1]):
-            raise ValueError(f"ordinals run from {ordinals.min()} to {ordinals.max()}; {split} has {bounds[-1]} rows")
-        out: dict[str, Any] = {}
-        for shard in touched:
-            where = np.flatnonzero(shard_of == shard)
-            rows = self._rows_of(int(shard), split)[ordinals[where] - bounds[shard]]
-            for name in self._table(int(shard)).column_names:
-                _scatter(out, name, self._array(int(shard), name), rows, where, len(ordinals))
-        return out
+        Raises:
+            Refused: no manifest, or a shard is missing or has another size; the message names it.
+        """
+        self.uri = storage.normalise(uri)
+        self.manifest = manifest or load_manifest(uri)
+        self._starts = {
+            split: np.array([0, *accumulate(_count(shard, split) for shard in self.manifest.shards)], np.int64)
+            for split in (*SPLITS, "all")
+        }
+        self._batches: dict[int, pa.RecordBatch] = {}
+        self._views: dict[tuple[int, str], npt.NDArray[Any] | None] = {}
+        self._members: dict[tuple[int, str], npt.NDArray[np.int32]] = {}
+        self._check_presence()
 
-    def _bounds(self, split: str) -> np.ndarray:
-        _check_split(split)
-        return self._all_bounds[split]
+    def rows(self, split: str = "all") -> int:
+        return self.manifest.rows(split)
 
-    @cached_property
-    def _all_bounds(self) -> dict[str, np.ndarray]:
-        def summed(counts: list[int]) -> np.ndarray:
-            return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns as stored, row_id and split first."""
+        return self.shard(0).schema
 
-        shards = self.manifest.shards
-        bounds = {split: summed([s.splits[split] for s in shards]) for split in SPLITS}
-        return {**bounds, "all": summed([s.rows for s in shards])}
+    def take(self, split: str, ordinals: Int64s, columns: Sequence[str] | None = None) -> pa.RecordBatch:
+        """Rows of a split by ordinal, in the order asked for; repeats are fine. The result owns its memory.
 
-    def _rows_of(self, shard: int, split: str) -> np.ndarray:
-        """Row numbers inside a shard of its rows of a split."""
-        key = (shard, split)
-        if key not in self._places:
-            if split == "all":
-                self._places[key] = np.arange(self.manifest.shards[shard].rows)
-            else:
-                self._places[key] = np.flatnonzero(self._array(shard, "split") == SPLITS.index(split))
-        return self._places[key]
+        Args:
+            ordinals: [N] in [0, rows(split)).
+            columns: default all.
+        """
+        check_split(split)
+        ordinals = np.asarray(ordinals, np.int64)
+        if ordinals.size and (ordinals.min() < 0 or ordinals.max() >= self.rows(split)):
+            raise IndexError(
+                f"ordinals from {ordinals.min()} to {ordinals.max()} of {self.rows(split)} rows in {split!r}"
+            )
+        shards = np.searchsorted(self._starts[split], ordinals, side="right") - 1
+        order = np.argsort(shards, kind="stable")
+        runs: list[tuple[int, Int64s, Int64s]] = []  # shard, places in the result, rows in the shard
+        for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if ordinals.size else []:
+            shard = int(shards[places[0]])
+            runs.append((shard, places, self._local(shard, split, ordinals[places] - self._starts[split][shard])))
+        fields = [item for item in self.schema if columns is None or item.name in columns]
+        return pa.RecordBatch.from_arrays(
+            [self._gather(item, runs, len(ordinals)) for item in fields], schema=pa.schema(fields, self.schema.metadata)
+        )
 
-    def _table(self, shard: int) -> pa.Table:
-        if shard not in self._tables:
-            record = self.manifest.shards[shard]
-            home = storage.join(self.uri, record.name)
-            path = storage.local_copy(home, record.sha256)
-            if storage.sha256_of_file(path) != record.sha256:
-                raise Failed(
-                    f"{home} does not have the bytes that were written: its sha256 is not the manifest's"
-                    f" ({record.sha256[:16]}...). Nothing was read from it; restore the file or ingest again."
+    def batches(self, shard: int, rows: int, split: str = "all") -> Iterator[pa.RecordBatch]:
+        """The rows of one shard (of one split) in order, `rows` at a time."""
+        check_split(split)
+        start, stop = (int(bound) for bound in self._starts[split][shard : shard + 2])
+        for first in range(start, stop, rows):
+            yield self.take(split, np.arange(first, min(first + rows, stop)))
+
+    def shard(self, index: int) -> pa.RecordBatch:
+        """One shard, memory-mapped: zero-copy and read-only.
+
+        Raises:
+            Failed: its content is not what the manifest recorded.
+        """
+        if index not in self._batches:
+            record = self.manifest.shards[index]
+            uri = storage.join(self.uri, record.name)
+            path = storage.local_copy(uri, record.sha256)
+            _check_digest(uri, str(path), record.sha256)
+            self._batches[index] = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        return self._batches[index]
+
+    def _check_presence(self) -> None:
+        found = {entry.name: entry.bytes for entry in storage.list_files(self.uri)}
+        for shard in self.manifest.shards:
+            if shard.name not in found:
+                raise Refused(f"shard {shard.name} of {self.uri} is missing; restore it, or ingest into a new --out.")
+            if found[shard.name] != shard.bytes:
+                raise Refused(
+                    f"shard {shard.name} of {self.uri} has {found[shard.name]} bytes instead of {shard.bytes}; "
+                    "restore it, or ingest into a new --out."
                 )
-            self._tables[shard] = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        return self._tables[shard]
 
-    def _array(self, shard: int, name: str) -> Any:
-        """A column without copying: a numpy view over the memory map, or for other types the Arrow column."""
-        key = (shard, name)
-        if key not in self._arrays:
-            column = self._table(shard).column(name)
-            self._arrays[key] = _view(column)
-        return self._arrays[key]
+    def _local(self, shard: int, split: str, ranks: Int64s) -> Int64s:
+        """Ranks within a shard's share of the split -> rows of the shard."""
+        record = self.manifest.shards[shard]
+        if _count(record, split) == record.rows:
+            return ranks
+        if (shard, split) not in self._members:
+            column = self.shard(shard).column("split").to_numpy()
+            self._members[shard, split] = np.flatnonzero(column == SPLITS.index(split)).astype(np.int32)
+        return self._members[shard, split][ranks].astype(np.int64)
 
+    def _gather(self, item: pa.Field, runs: list[tuple[int, Int64s, Int64s]], rows: int) -> pa.Array:
+        if not runs:
+            return self.shard(0).column(item.name).slice(0, 0)
+        views = [self._view(shard, item.name) for shard, _, _ in runs]
+        dense = [view for view in views if view is not None]
+        if len(dense) < len(views):
+            taken = [self.shard(shard).column(item.name).take(pa.array(local)) for shard, _, local in runs]
+            back = np.argsort(np.concatenate([places for _, places, _ in runs]))
+            return pa.concat_arrays(taken).take(pa.array(back))
+        out = np.empty((rows, *dense[0].shape[1:]), dense[0].dtype)
+        for view, (_, places, local) in zip(dense, runs, strict=True):
+            first, last = int(places[0]), int(places[-1])
+            if last - first + 1 == len(places):
+                # mode="clip": "raise" would copy once more, and the bounds were checked.
+                np.take(view, local, axis=0, out=out[first : last + 1], mode="clip")
+            else:
+                out[places] = view[local]
+        if isinstance(item.type, pa.FixedShapeTensorType):
+            return tensor_array(out, item.type)
+        return pa.array(out, item.type)
 
-class _Chunks:
-    """Equally shaped numpy views of a chunked column, indexed as one."""
-
-    def __init__(self, chunks: list[np.ndarray]):
-        self.chunks = chunks
-        self.bounds = np.concatenate([[0], np.cumsum([len(chunk) for chunk in chunks])])
-
-    def into(self, out: np.ndarray, rows: np.ndarray, where: np.ndarray) -> None:
-        chunk_of = np.searchsorted(self.bounds, rows, side="right") - 1
-        for chunk in np.unique(chunk_of):
-            here = chunk_of == chunk
-            out[where[here]] = self.chunks[chunk][rows[here] - self.bounds[chunk]]
-
-
-def _view(column: pa.ChunkedArray) -> Any:
-    if isinstance(column.type, pa.FixedShapeTensorType):
-        return _Chunks([chunk.to_numpy_ndarray() for chunk in column.chunks])
-    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-        return column.to_numpy()
-    return column
-
-
-def _scatter(out: dict[str, Any], name: str, values: Any, rows: np.ndarray, where: np.ndarray, count: int) -> None:
-    """Put a shard's values of one column at their places in the answer."""
-    if isinstance(values, _Chunks):
-        if name not in out:
-            out[name] = np.empty((count, *values.chunks[0].shape[1:]), dtype=values.chunks[0].dtype)
-        values.into(out[name], rows, where)
-    elif isinstance(values, np.ndarray):
-        out.setdefault(name, np.empty(count, dtype=values.dtype))[where] = values[rows]
-    else:
-        listed = out.setdefault(name, [None] * count)
-        for place, value in zip(where.tolist(), values.take(pa.array(rows)).to_pylist(), strict=True):
-            listed[place] = value
+    def _view(self, shard: int, name: str) -> npt.NDArray[Any] | None:
+        """A fixed-width column without nulls as [rows, *shape]; None for all others, which Arrow gathers."""
+        if (shard, name) not in self._views:
+            column = self.shard(shard).column(name)
+            if isinstance(column.type, pa.FixedShapeTensorType):
+                self._views[shard, name] = column.to_numpy_ndarray()
+            elif (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)) and not column.null_count:
+                self._views[shard, name] = column.to_numpy(zero_copy_only=True)
+            else:
+                self._views[shard, name] = None
+        return self._views[shard, name]
 
 
-def _check_split(split: str) -> None:
-    if split not in (*SPLITS, "all"):
-        raise Refused(f"there is no split {split!r}; allowed: {', '.join(SPLITS)}, all.")
+_checked: set[tuple[str, str]] = set()
 
 
-def shard_tables(uri: str) -> Iterator[tuple[ShardRecord, Path]]:
-    """Each shard's record with a local path to its file."""
-    for record in load_manifest(uri).shards:
-        yield record, storage.local_copy(storage.join(uri, record.name), record.sha256)
+def _check_digest(uri: str, path: str, sha256: str) -> None:
+    """Once a process and shard: a flipped byte must stop a run, but hashing at every open would read all data again."""
+    if (uri, sha256) in _checked:
+        return
+    found = storage.sha256_of_file(path)
+    if found != sha256:
+        storage.forget_copy(uri, sha256)
+        raise Failed(
+            f"{uri} has sha256 {found}, but the manifest recorded {sha256}: the shard is damaged. "
+            "Restore it from a copy, or ingest into a new --out."
+        )
+    _checked.add((uri, sha256))
 
 
-def export_parquet(uri: str) -> list[str]:
-    """Write each shard also as Parquet, for other tools, under `<uri>/parquet`. Tensors become flat lists there."""
-    names = []
-    for record, path in shard_tables(uri):
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        plain = [c.combine_chunks().storage if isinstance(c.type, pa.ExtensionType) else c for c in table.columns]
-        name = f"parquet/{Path(record.name).stem}.parquet"
-        with storage.open_write(storage.join(uri, name)) as file:
-            pq.write_table(pa.table(dict(zip(table.column_names, plain, strict=True))), file)
-        names.append(name)
-    return names
+def _count(shard: ShardRecord, split: str) -> int:
+    return shard.rows if split == "all" else shard.splits[split]
+
+
+def _stacked(values: list[Any], kind: pa.FixedShapeTensorType) -> npt.NDArray[Any]:
+    dtype = np.dtype(kind.value_type.to_pandas_dtype())
+    shape = tuple(kind.shape)
+    arrays = [np.asarray(value) for value in values]
+    for array in arrays:
+        if array.shape != shape:
+            raise ValueError(f"shape {array.shape}, not {shape}")
+    stacked = np.stack(arrays) if arrays else np.empty((0, *shape), dtype)
+    with np.errstate(over="raise", invalid="raise"):
+        cast = stacked.astype(dtype, copy=False)
+    if dtype.kind != "f" and not np.array_equal(cast, stacked):
+        raise ValueError(f"{stacked.dtype} values that {dtype} cannot hold")
+    return cast
+
+
+def export_parquet(uri: str) -> None:
+    """Write every shard once more as `parquet/<shard>.parquet`, for other tools; tensors become flat lists there.
+
+    The Arrow shards stay what the manifest names and what vqray reads.
+    """
+    reader = ShardReader(uri)
+    for number, record in enumerate(reader.manifest.shards):
+        batch = reader.shard(number)
+        flat = [c.storage if isinstance(c, pa.ExtensionArray) else c for c in batch.columns]
+        table = pa.table(flat, names=batch.schema.names).replace_schema_metadata(batch.schema.metadata)
+        with storage.writing(storage.join(uri, f"parquet/{record.name.removesuffix('.arrow')}.parquet")) as staged:
+            pq.write_table(table, staged)

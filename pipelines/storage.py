@@ -1,189 +1,244 @@
-"""Every path is a URI: local, or s3:// through s3fs. Writes are atomic: no name ever holds half its content."""
+"""Every path is a URI: a local path, file:// or s3:// (through s3fs, which honours AWS_ENDPOINT_URL and AWS_*).
+
+A file appears whole or not at all. A missing URI is Refused by name; what the disk or the network does later is Failed.
+Messages never carry credentials.
+"""
 
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cache as once
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, NamedTuple, cast
+from urllib.parse import unquote, urlsplit
 
-import fsspec
+from pipelines.errors import Failed, Refused
 
-from pipelines.errors import Refused
+SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One file below a directory."""
+class Entry(NamedTuple):
+    """One file below a URI."""
 
     name: str
-    """Path relative to the listed URI, with forward slashes."""
+    """Path relative to the URI that was listed, with `/`; bytes that are no UTF-8 are written as `\\xff`."""
     uri: str
     bytes: int
 
 
+def normalise(uri: str) -> str:
+    """The one spelling of a URI: an absolute local path, or s3://bucket/key without a slash at the end.
+
+    Raises:
+        Refused: unknown scheme, another host's file, or credentials inside the URI (not echoed).
+    """
+    if "://" not in uri:
+        if not uri:
+            raise Refused("an empty path was given; give a local path, file:///path or s3://bucket/key.")
+        return os.path.abspath(os.path.expanduser(uri))
+    parts = urlsplit(uri)
+    if "@" in parts.netloc:
+        raise Refused(
+            f"a {parts.scheme}:// URI with credentials in it was given; put them in {', '.join(SECRETS)} instead."
+        )
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost"):
+            raise Refused(f"{uri} names the host {parts.netloc!r}; a local file is file:///path, with three slashes.")
+        return os.path.abspath(unquote(parts.path))
+    if parts.scheme != "s3":
+        raise Refused(f"{uri} has the scheme {parts.scheme!r}; allowed: a local path, file:///path or s3://bucket/key.")
+    if not parts.netloc:
+        raise Refused(f"{uri} names no bucket; write s3://bucket/key.")
+    # Not parts.path: a key may hold `?` and `#`.
+    return "s3://" + uri.removeprefix("s3://").rstrip("/")
+
+
 def is_local(uri: str) -> bool:
-    return "://" not in uri or uri.startswith("file://")
-
-
-def normalise(uri: str | Path) -> str:
-    """An absolute local path, or the remote URI without a trailing slash."""
-    text = str(uri)
-    if is_local(text):
-        return os.path.abspath(os.path.expanduser(text.removeprefix("file://")))
-    return text.rstrip("/")
+    return not normalise(uri).startswith("s3://")
 
 
 def join(uri: str, *names: str) -> str:
-    return "/".join([uri.rstrip("/"), *names])
+    """The URI of something below `uri`; absolute names and `..` are refused, so a manifest cannot point outside."""
+    for name in names:
+        if name.startswith("/") or ".." in name.split("/") or "://" in name:
+            raise Refused(f"{name!r} does not lie below {uri}; names inside a directory are relative and without '..'.")
+    return "/".join([normalise(uri).rstrip("/"), *(name.strip("/") for name in names)])
 
 
 def exists(uri: str) -> bool:
-    if is_local(uri):
-        return os.path.exists(normalise(uri))
-    return bool(_remote(uri).exists(uri))
+    """Whether there is a file or a directory; on s3, whether any key begins with `uri/`."""
+    uri = normalise(uri)
+    with _told(uri, "look for"):
+        return os.path.exists(uri) if is_local(uri) else bool(_s3().exists(uri))
 
 
 def size(uri: str) -> int:
-    return os.path.getsize(normalise(uri)) if is_local(uri) else int(_remote(uri).size(uri))
+    """Bytes of one file."""
+    uri = normalise(uri)
+    with _told(uri, "look at"):
+        return os.stat(uri).st_size if is_local(uri) else int(_s3().info(uri)["size"])
 
 
 def list_files(uri: str) -> list[Entry]:
-    """Every file below a directory, sorted by name; a file lists itself under its own name.
+    """All files below a directory, or the one file that `uri` is, sorted by name.
 
-    Directories reached through symbolic links are not entered, so a loop of links ends.
-
-    Raises:
-        Refused: there is nothing at that URI.
+    Links are followed, but not into a directory that holds them. A dangling link is listed with 0 bytes, so that
+    whoever reads it can say so; sockets, pipes and devices are not files.
     """
-    if not exists(uri):
-        raise Refused(f"there is nothing at {uri!r}; give a file or directory that exists, or an s3:// URI.")
-    if not is_local(uri):
-        return _list_remote(uri)
-    root = normalise(uri)
-    if os.path.isfile(root):
-        return [Entry(os.path.basename(root), root, os.path.getsize(root))]
-    found = []
-    for folder, _, names in os.walk(root):
-        for name in names:
-            path = os.path.join(folder, name)
-            if os.path.isfile(path):
-                found.append(Entry(os.path.relpath(path, root).replace(os.sep, "/"), path, os.path.getsize(path)))
-    return sorted(found, key=lambda entry: entry.name)
-
-
-def _list_remote(uri: str) -> list[Entry]:
-    files = _remote(uri).find(uri, detail=True)
-    scheme, _, bare = uri.rstrip("/").partition("://")
-    entries = [
-        Entry(path.removeprefix(bare).lstrip("/") or path.rpartition("/")[2], f"{scheme}://{path}", int(info["size"]))
-        for path, info in files.items()
-    ]
-    return sorted(entries, key=lambda entry: entry.name)
-
-
-@contextmanager
-def open_read(uri: str) -> Iterator[IO[bytes]]:
-    """A seekable binary file."""
-    if not exists(uri):
-        raise Refused(f"there is nothing at {uri!r}.")
-    with open(normalise(uri), "rb") if is_local(uri) else _remote(uri).open(uri, "rb") as file:
-        yield file
+    uri = normalise(uri)
+    with _told(uri, "list"):
+        if is_local(uri):
+            mode = os.stat(uri).st_mode
+            found = list(_walk(uri, "", ())) if stat.S_ISDIR(mode) else [_entry(os.path.basename(uri), uri)]
+        else:
+            fs = _s3()
+            listed = fs.find(uri, detail=True)
+            if not listed:
+                raise FileNotFoundError(uri)
+            top = uri.removeprefix("s3://")
+            found = [
+                Entry(key.removeprefix(top).strip("/") or top.rsplit("/", 1)[-1], "s3://" + key, int(info["size"] or 0))
+                for key, info in listed.items()
+                if not key.endswith("/")
+            ]
+    return sorted(found)
 
 
 def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
-    """The bytes [start, stop) of a file, or all of them."""
-    with open_read(uri) as file:
-        file.seek(start or 0)
-        return file.read() if stop is None else file.read(stop - (start or 0))
+    """Bytes [start, stop) of a file; all of it by default."""
+    uri = normalise(uri)
+    with _told(uri, "read"):
+        if not is_local(uri):
+            return cast(bytes, _s3().cat_file(uri, start=start, end=stop))
+        with open(uri, "rb") as file:
+            file.seek(start or 0)
+            return file.read() if stop is None else file.read(max(0, stop - (start or 0)))
 
 
-def write_atomic(uri: str, data: bytes) -> None:
-    """Write a whole file at once; readers see the old content or the new, never a part."""
-    if not is_local(uri):
-        _remote(uri).pipe_file(uri, data)
-        return
-    with open_write(uri) as file:
-        file.write(data)
+def open_read(uri: str) -> BinaryIO:
+    """A seekable binary file."""
+    uri = normalise(uri)
+    with _told(uri, "open"):
+        return cast(BinaryIO, open(uri, "rb") if is_local(uri) else _s3().open(uri, "rb"))
 
 
 @contextmanager
-def open_write(uri: str) -> Iterator[IO[bytes]]:
-    """A local-backed file that takes its name only when the block ends without an exception."""
+def writing(uri: str) -> Iterator[Path]:
+    """A local file to fill: it appears at `uri`, whole, when the block ends, and not at all when the block raises."""
+    uri = normalise(uri)
     local = is_local(uri)
-    folder = os.path.dirname(normalise(uri)) if local else None
-    if folder:
-        os.makedirs(folder, exist_ok=True)
-    handle, path = tempfile.mkstemp(prefix=".part-", dir=folder)
+    with _told(uri, "write"):
+        folder = Path(uri).parent if local else Path(tempfile.gettempdir())
+        folder.mkdir(parents=True, exist_ok=True)
+    # Hidden and not tempfile's: its files are 0600, and these must follow the umask.
+    staged = folder / f".{uri.rsplit('/', 1)[-1][-64:]}.{uuid.uuid4().hex}.tmp"
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if local:
-            os.chmod(path, 0o644)
-            os.replace(path, normalise(uri))
-        else:
-            _remote(uri).put_file(path, uri)
+        yield staged
+        with _told(uri, "write"):
+            if local:
+                _sync(staged)
+                os.replace(staged, uri)
+                _sync(folder)
+            else:
+                _s3().put_file(str(staged), uri)
     finally:
-        if os.path.exists(path):
-            os.unlink(path)
+        staged.unlink(missing_ok=True)
+
+
+def write_atomic(uri: str, data: bytes) -> None:
+    """Write a small file; readers see the old one or the new one, never a part."""
+    uri = normalise(uri)
+    if is_local(uri):
+        with writing(uri) as staged, _told(uri, "write"):
+            staged.write_bytes(data)
+    else:
+        with _told(uri, "write"):
+            _s3().pipe_file(uri, data)
 
 
 def upload(path: str | Path, uri: str) -> None:
-    """Copy a local file to a URI, atomically."""
-    with open(path, "rb") as source, open_write(uri) as target:
-        shutil.copyfileobj(source, target, 1 << 20)
+    """Copy a local file to `uri`, atomically; the file itself stays."""
+    with writing(uri) as staged, _told(normalise(uri), "write"):
+        shutil.copyfile(path, staged)
 
 
-def local_copy(uri: str, sha256: str) -> Path:
-    """A local file with the content of `uri`: itself, or a download kept in this node's cache under its digest."""
+def local_copy(uri: str, sha256: str | None = None, cache: str | Path | None = None) -> Path:
+    """A file that can be memory-mapped: the local file itself, or a download kept in this node's cache.
+
+    Args:
+        sha256: checked after a download, and part of the cache's key; without it the key is the store's own ETag.
+        cache: directory; default $VQRAY_CACHE, else $XDG_CACHE_HOME/vqray, else ~/.cache/vqray.
+
+    Raises:
+        Failed: the download does not have the digest that was promised.
+    """
+    uri = normalise(uri)
     if is_local(uri):
-        return Path(normalise(uri))
-    home = Path(os.environ.get("VQRAY_CACHE", Path(tempfile.gettempdir()) / f"vqray-cache-{os.getuid()}"))
-    path = home / sha256
-    if not path.exists():
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open_read(uri) as source, open_write(str(path)) as target:
-            shutil.copyfileobj(source, target, 1 << 22)
-    return path
+        size(uri)
+        return Path(uri)
+    with _told(uri, "download"):
+        kept = _cached(uri, sha256, cache)
+        if not kept.exists():
+            with writing(str(kept)) as staged:
+                _s3().get_file(uri, str(staged))
+                found = sha256_of_file(staged) if sha256 else None
+                if found != sha256:
+                    raise Failed(
+                        f"{uri} arrived with sha256 {found}, but {sha256} was recorded: it has changed or is damaged."
+                    )
+        return kept
+
+
+def forget_copy(uri: str, sha256: str | None = None, cache: str | Path | None = None) -> None:
+    """Drop a download from the cache (a damaged one), so that the next `local_copy` fetches it again."""
+    if not is_local(uri):
+        _cached(normalise(uri), sha256, cache).unlink(missing_ok=True)
 
 
 def remove(uri: str) -> None:
-    """Delete a file or a whole directory; nothing there is fine."""
-    if not is_local(uri):
-        if _remote(uri).exists(uri):
-            _remote(uri).rm(uri, recursive=True)
-        return
-    path = normalise(uri)
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        os.unlink(path)
+    """Delete a file, or a directory with all it holds; nothing there is fine."""
+    uri = normalise(uri)
+    with _told(uri, "remove"):
+        if not is_local(uri):
+            if _s3().exists(uri):
+                _s3().rm(uri, recursive=True)
+        elif os.path.isdir(uri) and not os.path.islink(uri):
+            shutil.rmtree(uri)
+        else:
+            Path(uri).unlink(missing_ok=True)
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one JSON text of a value: sorted keys, no spaces. What digests are taken of."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    """One spelling per value: sorted keys, no spaces, ASCII, no NaN. What digests are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def write_json_atomic(uri: str, value: Any) -> None:
-    write_atomic(uri, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    """JSON for people and programs: sorted keys, indented by one."""
+    write_atomic(uri, json.dumps(value, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n")
 
 
 def read_json(uri: str) -> Any:
-    """Raises Refused where the file is missing or is not JSON."""
+    """The value in a JSON file.
+
+    Raises:
+        Refused: no such file, or it is no JSON.
+    """
     try:
         return json.loads(read_bytes(uri))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Refused(f"{uri} is not JSON ({error}); it was not written by vqray, or it is damaged.") from None
+    except ValueError as error:
+        if isinstance(error, Refused):
+            raise
+        raise Refused(f"{normalise(uri)} is not JSON ({error}); it was damaged or is another kind of file.") from None
 
 
-def sha256_of_bytes(data: bytes | memoryview) -> str:
+def sha256_of_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
@@ -192,10 +247,86 @@ def sha256_of_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _remote(uri: str) -> Any:
-    """The file system of a URI. Its credentials come from the environment and are never put into a message."""
-    scheme = uri.partition("://")[0]
-    if scheme != "s3":
-        raise Refused(f"{uri!r} begins with {scheme}://; allowed are local paths, file:// and s3://.")
-    # Listings are cached per instance; another worker's new files must be seen.
-    return fsspec.filesystem("s3", use_listings_cache=False)
+def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
+    here = os.stat(folder)
+    if (here.st_dev, here.st_ino) in above:
+        return
+    above = (*above, (here.st_dev, here.st_ino))
+    with os.scandir(folder) as items:
+        for item in sorted(items, key=lambda item: item.name):
+            if item.is_dir():
+                yield from _walk(item.path, f"{prefix}{item.name}/", above)
+            elif item.is_file() or (item.is_symlink() and not os.path.exists(item.path)):
+                yield _entry(prefix + item.name, item.path)
+
+
+def _entry(name: str, path: str) -> Entry:
+    shown = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return Entry(shown, path, os.stat(path).st_size if os.path.exists(path) else 0)
+
+
+def _cached(uri: str, sha256: str | None, cache: str | Path | None) -> Path:
+    root = Path(cache or os.environ.get("VQRAY_CACHE") or _user_cache())
+    state = sha256
+    if state is None:
+        info = _s3().info(uri)
+        state = f"{info.get('ETag')} {info['size']} {info.get('LastModified')}"
+    # The name is kept at the end: corpora recognise files by their suffix.
+    return root / hashlib.sha256(f"{uri}\n{state}".encode()).hexdigest()[:32] / uri.rsplit("/", 1)[-1]
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqray"
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _s3() -> Any:
+    # Imported late: half a second that local work need not pay. Listings are not cached: other processes write here.
+    import s3fs
+
+    return s3fs.S3FileSystem(use_listings_cache=False)
+
+
+@once
+def _network_errors() -> tuple[type[Exception], ...]:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    return BotoCoreError, ClientError
+
+
+@contextmanager
+def _told(uri: str, verb: str) -> Iterator[None]:
+    """Turn what the disk or the network raises into this project's errors, with the URI and without credentials."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise Refused(f"could not {verb} {uri}: it does not exist.") from None
+    except PermissionError as error:
+        raise Refused(f"could not {verb} {uri}: permission denied ({_plain(error)}).") from None
+    except OSError as error:
+        raise Failed(f"could not {verb} {uri}: {_plain(error)}.") from None
+    except Exception as error:
+        if is_local(uri) or not isinstance(error, _network_errors()):
+            raise
+        raise Failed(
+            f"could not {verb} {uri}: {_plain(error)}. Check AWS_ENDPOINT_URL and the AWS_* credentials."
+        ) from None
+
+
+def _plain(error: BaseException) -> str:
+    text = (
+        (error.strerror if isinstance(error, OSError) and error.strerror else None)
+        or str(error)
+        or type(error).__name__
+    )
+    for name in SECRETS:
+        if secret := os.environ.get(name):
+            text = text.replace(secret, f"${name}")
+    return text.rstrip(".")

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 import uuid
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from pipelines import cluster, loop, recipe, storage, tracking, trained
 from pipelines.errors import Failed, Refused
 from pipelines.feed import Feed, columns_of
-from pipelines.loop import Event, Plan
+from pipelines.loop import Event, RunSpec
 from pipelines.options import differences, validated
 from pipelines.plan import lanes_for
 from pipelines.shards import ShardReader
@@ -68,15 +69,15 @@ def train(request: Request) -> Outcome:
     """
     out = storage.normalise(request.out)
     reader = ShardReader(storage.normalise(request.shards))
-    plan, preset = _plan(request, reader, out)
-    about = _about(plan, preset, reader)
+    spec, preset = _spec(request, reader, out)
+    about = _about(spec, preset, reader)
     _claim(out, about)
     if storage.exists(storage.join(out, "bundle", "card.json")):
         return _finished(out)
     cluster.connect()
     _check_room(request)
     run = tracking.start_run(
-        experiment=plan.recipe,
+        experiment=spec.recipe,
         name=os.path.basename(out.rstrip("/")),
         settings=about["settings"],
         tags={"kind": "train", "shards_digest": reader.manifest.digest, "workers": str(request.workers)},
@@ -84,7 +85,7 @@ def train(request: Request) -> Outcome:
     )
     storage.write_json_atomic(storage.join(out, "tracking.json"), {"run_id": run.id})
     try:
-        _fit(request, plan, about, run)
+        _fit(request, spec, about, run)
     except BaseException:
         run.finish("FAILED")
         raise
@@ -94,7 +95,7 @@ def train(request: Request) -> Outcome:
     return Outcome(**{**asdict(_finished(out)), "skipped": False, "run_id": run.id})
 
 
-def _plan(request: Request, reader: ShardReader, out: str) -> tuple[Plan, str]:
+def _spec(request: Request, reader: ShardReader, out: str) -> tuple[RunSpec, str]:
     found = recipe.load(request.recipe)
     manifest = reader.manifest
     if manifest.kind not in found.corpus:
@@ -122,21 +123,21 @@ def _plan(request: Request, reader: ShardReader, out: str) -> tuple[Plan, str]:
             f"this run was begun with {lanes} lanes, so it takes at most {lanes} workers, not {request.workers}."
         )
     settings_json = resolved.model_dump(mode="json")
-    return Plan(
+    return RunSpec(
         request.recipe, settings_json, reader.uri, request.seed, lanes, out, checkpoint_every=request.checkpoint_every
     ), preset
 
 
-def _about(plan: Plan, preset: str, reader: ShardReader) -> dict[str, Any]:
+def _about(spec: RunSpec, preset: str, reader: ShardReader) -> dict[str, Any]:
     """What the result depends on: what reruns must repeat, and what the card tells."""
-    found = recipe.load(plan.recipe)
-    books = found.codebooks(found.Settings(**plan.settings))
+    found = recipe.load(spec.recipe)
+    books = found.codebooks(found.Settings(**spec.settings))
     return {
-        "recipe": plan.recipe,
+        "recipe": spec.recipe,
         "preset": preset,
-        "settings": plan.settings,
-        "seed": plan.seed,
-        "lanes": plan.lanes,
+        "settings": spec.settings,
+        "seed": spec.seed,
+        "lanes": spec.lanes,
         "corpus": {"kind": reader.manifest.kind, "settings": reader.manifest.settings},
         "codebooks": [{"num_codes": k, "code_dim": d} for k, d in books],
         "fitted_on": {"split": "train", "rows": reader.rows("train")},
@@ -197,7 +198,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self.error: tuple[str, str] | None = None
+        self.error: str | None = None
 
     def put(self, events: list[Event]) -> None:
         self.events += events
@@ -206,10 +207,10 @@ class Mailbox:
         events, self.events = self.events, []
         return events
 
-    def fail(self, kind: str, text: str) -> None:
-        self.error = self.error or (kind, text)
+    def fail(self, text: str) -> None:
+        self.error = self.error or text
 
-    def failure(self) -> tuple[str, str] | None:
+    def failure(self) -> str | None:
         return self.error
 
 
@@ -235,33 +236,45 @@ class Outbox:
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """Runs on every worker. An error of ours ends the run for good; anything else is a fault and may be restarted."""
+    """Runs on every worker. What torch.distributed and storage raise may be a fault that a restart mends (as is a
+    worker that dies); any other exception would only come again, so it ends the run for good.
+    """
     mailbox = config["mailbox"]
     if ray.get(mailbox.failure.remote()):
         return
     torch.set_num_threads(config["threads"])
-    plan = Plan(**config["plan"])
+    spec = RunSpec(**config["spec"])
     outbox = Outbox(mailbox)
     try:
         device = torch.device("cuda", torch.cuda.current_device()) if config["gpu"] else torch.device("cpu")
-        model, totals = loop.train(plan, Feed(ShardReader(plan.shards)), device, outbox.tell)
+        model, totals = loop.train(spec, Feed(ShardReader(spec.shards)), device, outbox.tell)
         if resolve(None).rank == 0:
             outbox.flush()
-            trained.write_trained(plan.out, model, {**config["about"], "metrics": totals.latest})
-    except (Refused, Failed, ValueError) as error:
-        outbox.flush()
-        ray.get(mailbox.fail.remote(type(error).__name__, str(error)))
+            trained.write_trained(spec.out, model, {**config["about"], "metrics": totals.latest})
+    except (RuntimeError, OSError) as error:
+        if not isinstance(error, Failed):
+            raise
+        _give_up(mailbox, outbox, str(error))
+        raise
+    except Exception as error:
+        ours = isinstance(error, (Refused, ValueError))
+        _give_up(mailbox, outbox, str(error) if ours else "".join(traceback.format_exception(error)))
         raise
 
 
-def _fit(request: Request, plan: Plan, about: dict[str, Any], run: tracking.Run) -> None:
+def _give_up(mailbox: Any, outbox: Outbox, text: str) -> None:
+    outbox.flush()
+    ray.get(mailbox.fail.remote(text))
+
+
+def _fit(request: Request, spec: RunSpec, about: dict[str, Any], run: tracking.Run) -> None:
     """Start the workers, and until they are done show and record what they say."""
     # The controller looks at its workers this often; its default of 2 s would add that much to every start and end.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     mailbox = Mailbox.remote()  # type: ignore[attr-defined]
     config = {
         "mailbox": mailbox,
-        "plan": asdict(plan),
+        "spec": asdict(spec),
         "about": about,
         "threads": max(1, cluster.cpus() // request.workers) if not request.gpus_per_worker else 1,
         "gpu": request.gpus_per_worker > 0,
@@ -277,7 +290,7 @@ def _fit(request: Request, plan: Plan, about: dict[str, Any], run: tracking.Run)
         # Ray would continue an old run of the same name from its own checkpoints; ours are in `out`, so names are new.
         run_config=RunConfig(
             name=uuid.uuid4().hex,
-            storage_path=storage.join(plan.out, "ray"),
+            storage_path=storage.join(spec.out, "ray"),
             failure_config=FailureConfig(max_failures=request.restarts),
         ),
     )
@@ -288,12 +301,12 @@ def _fit(request: Request, plan: Plan, about: dict[str, Any], run: tracking.Run)
         except TrainingFailedError as error:
             fault = error
     if failure := ray.get(mailbox.failure.remote()):
-        raise Failed(f"{failure[1]} (checkpoints so far are in {plan.out})")
+        raise Failed(f"{failure} (checkpoints so far are in {spec.out})")
     if fault is not None:
         last = str(fault).strip().splitlines()[-1] if str(fault).strip() else type(fault).__name__
         raise Failed(
             f"training stopped after {request.restarts} restarts: {last}."
-            f" Run the same command again to go on from the newest checkpoint in {plan.out}."
+            f" Run the same command again to go on from the newest checkpoint in {spec.out}."
         ) from fault
 
 

@@ -1,6 +1,17 @@
-"""Settings every test needs, made before ray, torch or mlflow are imported."""
+"""Settings every test needs, made before ray, torch or mlflow are imported, and the servers tests share."""
 
 import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
@@ -11,3 +22,44 @@ os.environ.update(
     MPLBACKEND="Agg",
     AWS_EC2_METADATA_DISABLED="true",
 )
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An S3-protocol server on loopback (moto: any credentials pass); the AWS_* variables then point to it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
+    with open(tmp_path_factory.mktemp("moto") / "log", "wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        for _ in range(300):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        else:
+            raise RuntimeError(f"{shutil.which('moto_server') or command[0]} did not answer within 30 s")
+        endpoint = f"http://127.0.0.1:{port}"
+        patch = pytest.MonkeyPatch()
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "loopback-only")
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("VQRAY_CACHE", str(tmp_path_factory.mktemp("vqray-cache")))
+        yield endpoint
+        patch.undo()
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(10)
+
+
+@pytest.fixture
+def bucket(s3_server: str) -> str:
+    """A new, empty bucket: s3://NAME."""
+    import boto3
+
+    name = f"vqray-{uuid.uuid4().hex[:12]}"
+    boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket=name)
+    return f"s3://{name}"

@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from vqcore.networks.conv import ConvDecoder, ConvEncoder
 
 from pipelines.errors import Refused
 from pipelines.pictures import grid_over
 from pipelines.recipe import Batch, Demo, Losses, Measured, Recipe, Settings, Share, Stage
 from vqcore import estimators, losses, seeding
+from vqcore.networks.conv import ConvDecoder, ConvEncoder
 from vqcore.quantizers import VectorBatch, VectorQuantizer
 
 ESTIMATORS = {"rotate": estimators.rotate, "straight_through": estimators.straight_through}
@@ -44,6 +44,7 @@ class RotationSettings(Settings):
     multipliers: tuple[int, ...] = Field((1, 2, 4), min_length=1, description="width of each level over the first")
     blocks: int = Field(1, ge=1, description="residual blocks per level")
     attention: bool = Field(False, description="one attention block in the middle")
+    patch: int = Field(1, ge=1, description="pixels per side that the first layer folds into one position (paper: 1)")
 
     learning_rate: float = Field(5e-4, gt=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -68,7 +69,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 15_625,
         "seeding": "kaiming",
     },
-    "small": {"num_codes": 256, "channels": 24, "batch_size": 64, "learning_rate": 1e-3, "steps": 400},
+    # Two cores: all convolutions at a quarter of the resolution.
+    "small": {
+        "num_codes": 256,
+        "channels": 32,
+        "multipliers": (1,),
+        "patch": 4,
+        "batch_size": 64,
+        "learning_rate": 1e-3,
+        "steps": 500,
+    },
 }
 
 
@@ -80,11 +90,11 @@ def resolve(settings: RotationSettings, columns: dict[str, Any]) -> RotationSett
             f"this recipe needs square images of one size; the shards hold {shape or 'images of mixed sizes'}."
             " Ingest with `--set size=64`."
         )
-    factor = 2 ** (len(settings.multipliers) - 1)
+    factor = settings.patch * 2 ** (len(settings.multipliers) - 1)
     if shape[1] % factor:
         raise Refused(
-            f"images of {shape[1]} pixels cannot be halved {len(settings.multipliers) - 1} times"
-            f" (multipliers={settings.multipliers}); use a size divisible by {factor} or fewer multipliers."
+            f"images of {shape[1]} pixels cannot be reduced {factor} times (patch={settings.patch},"
+            f" multipliers={settings.multipliers}); use a size divisible by {factor}, fewer multipliers or patch=1."
         )
     return settings.model_copy(update={"image_channels": shape[0], "image_size": shape[1]})
 
@@ -97,10 +107,16 @@ class VQVAE(nn.Module):
         if s.image_channels is None or s.image_size is None:
             raise ValueError("the image's shape is not known: resolve the settings against a manifest first")
         width = s.channels * s.multipliers[-1]
-        side = s.image_size // 2 ** (len(s.multipliers) - 1)
+        side = s.image_size // (s.patch * 2 ** (len(s.multipliers) - 1))
         self.positions = side * side
         self.seeding_steps = math.ceil(64 * s.num_codes / (self.positions * s.batch_size))
-        shape = {"channels": s.channels, "multipliers": s.multipliers, "blocks": s.blocks, "attention": s.attention}
+        shape: dict[str, Any] = {
+            "channels": s.channels,
+            "multipliers": s.multipliers,
+            "blocks": s.blocks,
+            "attention": s.attention,
+            "patch": s.patch,
+        }
         self.encoder = ConvEncoder(s.image_channels, out_dim=width, **shape)
         self.narrow = nn.Conv2d(width, s.code_dim, 1)
         self.quantizer = VectorQuantizer(
@@ -117,7 +133,7 @@ class VQVAE(nn.Module):
             bound = math.sqrt(6 / (s.num_codes * s.code_dim))
             self.quantizer.codebook.set_vectors(torch.empty(s.num_codes, s.code_dim).uniform_(-bound, bound))
         self.widen = nn.Conv2d(s.code_dim, width, 1)
-        self.decoder = ConvDecoder(s.image_channels, in_dim=width, **shape)
+        self.decoder = ConvDecoder(width, out_channels=s.image_channels, **shape)
 
     def scaled(self, batch: Batch) -> Float[Tensor, "B C H W"]:
         """Pixels in [-1, 1]."""

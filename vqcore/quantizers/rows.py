@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from vqcore import noise
+from vqcore.codebook import only
 
 
 class Rows(NamedTuple):
@@ -45,7 +46,7 @@ def rows_of(
             wanted = _flat("mask", mask, x, torch.bool)
         valid = finite & wanted
         non_finite = (wanted & ~finite).sum()
-    return Rows(torch.where(valid.unsqueeze(-1), flat, 0.0), valid, non_finite)
+    return Rows(only(valid, flat), valid, non_finite)
 
 
 def keys_of(

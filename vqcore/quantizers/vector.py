@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from vqcore import assign, losses
-from vqcore.codebook import Codebook, pick, unit
+from vqcore.codebook import Codebook, only, pick, unit
 from vqcore.estimators import straight_through
 from vqcore.quantizers.contract import Quantized, VectorBatch
 from vqcore.quantizers.rows import Rows, full_precision, keys_of, rows_of
@@ -139,7 +139,7 @@ class VectorQuantizer(nn.Module):
             objective = self._objective(rows, codes, squared)
             if self.training:
                 count, world = self._learn(rows, codes, x, keys)
-                output = torch.where(rows.valid.unsqueeze(-1), self.estimator(rows.x, chosen), 0.0)
+                output = only(rows.valid, self.estimator(rows.x, chosen))
             else:
                 count, world, output = rows.valid.sum(), 1, chosen
             scale = torch.where(count > 0, world / (self.code_dim * count.clamp(min=1).double()), 0.0)

@@ -1,0 +1,88 @@
+"""Metrics against scipy, definitions written out, and corners worked by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from vqcore.metrics import counts_of, dead_codes, entropy_bits, gini, perplexity, usage
+
+COUNTS = torch.tensor([5, 0, 1, 7, 0, 12, 3, 3])
+
+
+def test_counts_ignore_masked_codes() -> None:
+    codes = torch.tensor([[3, -1, 0], [3, 3, -1]])
+    assert counts_of(codes, 5).tolist() == [1, 0, 0, 3, 0]
+    assert counts_of(codes.to(torch.int8), 5).tolist() == [1, 0, 0, 3, 0]
+    assert counts_of(torch.empty(0, dtype=torch.int64), 3).tolist() == [0, 0, 0]
+    assert counts_of(torch.full((4,), -1), 3).tolist() == [0, 0, 0]
+    assert counts_of(torch.tensor([127, -1], dtype=torch.int8), 128)[127] == 1, "int8 overflowed"
+
+
+@pytest.mark.parametrize("wrong", [-2, 5])
+def test_codes_of_another_codebook_are_refused(wrong: int) -> None:
+    with pytest.raises(ValueError, match=rf"1 of 3 codes lie outside \[0, 5\), the first is {wrong}"):
+        counts_of(torch.tensor([1, wrong, -1]), 5)
+    with pytest.raises(ValueError, match=r"torch\.float32"):
+        counts_of(torch.ones(3), 5)
+
+
+def test_agree_with_independent_definitions() -> None:
+    counts = COUNTS.double().numpy()
+    assert float(entropy_bits(COUNTS)) == pytest.approx(stats.entropy(counts, base=2), rel=1e-14)
+    assert float(perplexity(COUNTS)) == pytest.approx(np.exp(stats.entropy(counts)), rel=1e-14)
+    assert float(usage(COUNTS)) == 6 / 8
+    assert int(dead_codes(COUNTS)) == 2
+    # Half the relative mean absolute difference of all pairs.
+    pairs = np.abs(counts[:, None] - counts).mean() / (2 * counts.mean())
+    assert float(gini(COUNTS)) == pytest.approx(pairs, rel=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_even_and_single_codes(dtype: torch.dtype) -> None:
+    even, single = torch.full((16,), 3, dtype=dtype), torch.zeros(16, dtype=dtype)
+    single[4] = 9
+    both = torch.stack([even, single])
+    assert usage(both).tolist() == [1, 1 / 16]
+    assert dead_codes(both).tolist() == [0, 15]
+    assert entropy_bits(both).tolist() == pytest.approx([4, 0], abs=1e-14)
+    assert perplexity(both).tolist() == pytest.approx([16, 1])
+    assert gini(both).tolist() == pytest.approx([0, 1 - 1 / 16], abs=1e-15)
+    assert math.copysign(1, entropy_bits(single).item()) == 1, "entropy of one code printed as -0"
+
+
+def test_nothing_encoded_has_the_documented_values() -> None:
+    counts = torch.stack([torch.zeros(8, dtype=torch.int64), COUNTS])
+    assert usage(counts).tolist() == [0, 6 / 8]
+    assert dead_codes(counts).tolist() == [8, 2]
+    assert entropy_bits(counts)[0] == 0
+    assert perplexity(counts)[0] == 0
+    assert gini(counts)[0] == 0
+
+
+@pytest.mark.parametrize("metric", [usage, dead_codes, entropy_bits, perplexity, gini])
+def test_levels_are_independent_and_codes_may_be_renamed(metric) -> None:
+    levels = torch.stack([COUNTS, 3 * COUNTS.flip(0), torch.arange(8)])
+    assert torch.equal(metric(levels), torch.stack([metric(level) for level in levels]))
+    assert float(metric(levels[0])) == pytest.approx(float(metric(levels[1])), rel=1e-14)
+
+
+def test_counts_of_halves_add_up_but_perplexities_do_not() -> None:
+    """bshall/VectorQuantizedVAE issue 3: the mean of batch perplexities is not the split's."""
+    codes = torch.arange(64) // 8
+    halves = [counts_of(half, 8) for half in codes.chunk(2)]
+    assert torch.equal(halves[0] + halves[1], counts_of(codes, 8))
+    assert float(perplexity(halves[0] + halves[1])) == pytest.approx(8)
+    assert float(sum(perplexity(half) for half in halves) / 2) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("metric", [usage, dead_codes, entropy_bits, perplexity, gini])
+def test_what_is_not_counts_is_refused(metric) -> None:
+    for wrong in ([1, -1], [1.0, float("nan")]):
+        with pytest.raises(ValueError, match="negative or non-finite"):
+            metric(torch.tensor(wrong))
+    for shape in ((0,), (2, 2, 2)):
+        with pytest.raises(ValueError, match="shape"):
+            metric(torch.zeros(shape))

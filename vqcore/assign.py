@@ -1,0 +1,185 @@
+"""Assignment: which code each vector gets. The product of vectors and codes is walked in tiles and never kept whole."""
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+CODES_PER_TILE = 1024
+# A row's scores change bits with the number of rows in the product, so that number is fixed by the codebook's shape
+# and never by N: 512 loses at most 6 % to padding at N >= 8,192, and its scores (2 MiB) stay near a core's cache.
+ROWS_PER_PRODUCT = 512
+ROWS_PER_PRODUCT_OF_FEW_CODES = 1024
+FEW_CODES = 128
+ROWS_PER_PRODUCT_ON_CUDA = 2048
+# Small codebooks put several products into one score buffer, so that the reduction's fixed cost is paid less often.
+CELLS_PER_TILE = 2**18
+ELEMENTS_OF_ROWS = 2**20
+# Up to this many codes the norms are kept over the call (4 MiB); beyond, each tile computes its own again.
+NORMS_KEPT = 2**20
+NORM_CHUNK = 2**18
+
+
+@torch.no_grad()
+def nearest(
+    x: Float[Tensor, "N D"],
+    vectors: Float[Tensor, "K D"],
+    *,
+    metric: Literal["euclidean", "cosine"] = "euclidean",
+) -> Int64[Tensor, " N"]:
+    """The code of every row of `x`: argmin_k |x - v_k|, or argmax_k <x, v_k> for cosine. Ties take the lowest code.
+
+    For cosine the caller passes unit-normalised rows and codes; lengths are not divided out here.
+
+    Runs in float32, or float64 where an argument is float64, whatever autocast and the float32 precision settings say;
+    no gradient. A row's code does not depend on the rows around it: no split of a batch changes a code. Euclidean
+    scores are x.v - |v|^2 / 2, exact to rounding of |x||v| and |v|^2: codes whose distances differ by less are
+    near-ties, and either may be returned (always the same one). Rows must be finite; others get some code in [0, K).
+
+    Memory beyond arguments and result stays under 16 MiB for float32 and D <= 4096, at any N and K.
+
+    Raises:
+        ValueError: shapes that do not fit, an empty codebook, or an unknown metric.
+    """
+    _check(x, vectors, metric)
+    codes = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
+    if x.shape[0]:
+        with _full_precision(x.device):
+            _search(x, vectors, metric == "euclidean", codes)
+    return codes
+
+
+def _check(x: Tensor, vectors: Tensor, metric: str) -> None:
+    if x.ndim != 2 or vectors.ndim != 2 or x.shape[1] != vectors.shape[1]:
+        raise ValueError(
+            f"nearest got x of shape {tuple(x.shape)} and vectors of shape {tuple(vectors.shape)}; "
+            "it takes x [N, D] and vectors [K, D] with one D: flatten the leading dimensions of x first"
+        )
+    if vectors.shape[0] == 0 or vectors.shape[1] == 0:
+        raise ValueError(
+            f"the codebook is empty: vectors have shape {tuple(vectors.shape)}, K and D must be at least 1"
+        )
+    if metric not in ("euclidean", "cosine"):
+        raise ValueError(f"unknown metric {metric!r}; allowed: 'euclidean', 'cosine'")
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Products in full float32: no autocast on this device, no TF32 on CUDA, no bfloat16 inside oneDNN."""
+    settings = (
+        torch.backends.cuda.matmul,
+        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]  # made at import, so mypy does not see it
+    )
+    before = [setting.fp32_precision for setting in settings]
+    with ExitStack() as stack:
+        if torch.amp.is_autocast_available(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        try:
+            for setting in settings:
+                setting.fp32_precision = "ieee"
+            yield
+        finally:
+            for setting, precision in zip(settings, before, strict=True):
+                setting.fp32_precision = precision
+
+
+def _search(x: Tensor, vectors: Tensor, euclidean: bool, codes: Tensor) -> None:
+    """Fill `codes`, one group of rows at a time, keeping each row's best score over the tiles of codes."""
+    (n, dim), num_codes = x.shape, vectors.shape[0]
+    dtype = torch.promote_types(torch.promote_types(x.dtype, vectors.dtype), torch.float32)
+    per_product, per_group = _rows(num_codes, dim, x.device)
+    per_group = min(per_group, _round_up(n, per_product))
+    padded = torch.empty(per_group, dim, dtype=dtype, device=x.device)
+    buffer = torch.empty(per_group * min(num_codes, CODES_PER_TILE), dtype=dtype, device=x.device)
+    kept = _negated_half_norms(vectors, dtype) if euclidean and num_codes <= NORMS_KEPT else None
+    for first in range(0, n, per_group):
+        rows = _whole_products(x[first : first + per_group], per_product, padded)
+        best, found = torch.empty(0), torch.empty(0)
+        for start in range(0, num_codes, CODES_PER_TILE):
+            tile = vectors[start : start + CODES_PER_TILE].to(dtype).contiguous()
+            bias = None
+            if euclidean:
+                bias = _negated_half_norms(tile, dtype) if kept is None else kept[start : start + CODES_PER_TILE]
+            top, code = _best_of_tile(_scores(rows, tile, bias, per_product, buffer))
+            if start == 0:
+                best, found = top, code
+            else:  # strictly better, so that equal scores keep the lowest code
+                found = torch.where(top > best, code.add_(start), found)
+                best = torch.maximum(best, top)
+        codes[first : first + per_group] = found[: n - first]
+
+
+def _scores(
+    rows: Float[Tensor, "N D"],
+    tile: Float[Tensor, "K D"],
+    bias: Float[Tensor, "K 1"] | None,
+    per_product: int,
+    buffer: Tensor,
+) -> Float[Tensor, "K N"]:
+    """tile @ rows^T + bias inside `buffer`, in products of a fixed number of rows."""
+    scores = buffer[: tile.shape[0] * rows.shape[0]].view(tile.shape[0], rows.shape[0])
+    for part, out in zip(rows.T.split(per_product, dim=1), scores.split(per_product, dim=1), strict=True):
+        if bias is None:
+            torch.mm(tile, part, out=out)
+        else:
+            torch.addmm(bias, tile, part, out=out)
+    return scores
+
+
+def _rows(num_codes: int, dim: int, device: torch.device) -> tuple[int, int]:
+    """(rows of one product, rows of one group of products), from the codebook's shape alone."""
+    per_product = ROWS_PER_PRODUCT if num_codes > FEW_CODES else ROWS_PER_PRODUCT_OF_FEW_CODES
+    if device.type == "cuda":
+        per_product = ROWS_PER_PRODUCT_ON_CUDA
+    while per_product > 64 and per_product * dim > 2 * ELEMENTS_OF_ROWS:
+        per_product //= 2
+    room = min(CELLS_PER_TILE // min(num_codes, CODES_PER_TILE), ELEMENTS_OF_ROWS // dim)
+    return per_product, max(per_product, room // per_product * per_product)
+
+
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def _whole_products(x: Tensor, per_product: int, padded: Tensor) -> Tensor:
+    """`x` itself where the products can read it as it is, else a copy filled up with rows of zeros."""
+    if x.shape[0] % per_product == 0 and x.dtype == padded.dtype and x.is_contiguous():
+        return x
+    rows = padded[: _round_up(x.shape[0], per_product)]
+    rows[: x.shape[0]] = x
+    rows[x.shape[0] :] = 0
+    return rows
+
+
+def _negated_half_norms(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """-|v|^2 / 2 as a column, squaring a few codes at a time."""
+    chunks = vectors.split(max(1, NORM_CHUNK // vectors.shape[1]))
+    # Contiguous, because the order of a sum, and with it its last bit, follows the strides.
+    return torch.cat([chunk.to(dtype).contiguous().square().sum(1, keepdim=True) for chunk in chunks]).mul_(-0.5)
+
+
+def _best_of_tile(scores: Float[Tensor, "K N"]) -> tuple[Float[Tensor, " N"], Int64[Tensor, " N"]]:
+    """The largest score of every column and the first row that reaches it.
+
+    On CPU torch's max and argmax with indices visit one number at a time (1 to 4 ms for 2^20 scores). Max-pooling over
+    a channels-last image whose channels are our columns is the one reduction with indices that is vectorised (0.13 ms).
+    It runs one thread per image, so with several threads the tile is cut into images and their winners pooled again.
+    """
+    if scores.device.type != "cpu":
+        top, code = scores.max(0)
+        return top, code
+    num_codes, n = scores.shape
+    parts = math.gcd(num_codes, 16) if torch.get_num_threads() > 1 else 1
+    height = num_codes // parts
+    top, code = F.max_pool2d_with_indices(scores.view(parts, height, 1, n).permute(0, 3, 1, 2), (height, 1))
+    top, code = top.view(parts, n), code.view(parts, n)
+    if parts == 1:
+        return top[0], code[0]
+    best, part = F.max_pool2d_with_indices(top.view(1, parts, 1, n).permute(0, 3, 1, 2), (parts, 1))
+    part = part.view(1, n)
+    return best.view(n), (code.gather(0, part) + part * height).view(n)

@@ -1,0 +1,137 @@
+"""Random numbers as a function of where they are used, not of who draws them.
+
+A draw is a hash of (seed, step, key, level, head, draw), or of (seed, step, index) where all workers share it. Any
+number of workers, any split and any order of rows therefore see the same numbers, and a checkpoint keeps only the step.
+The hash is SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014): every
+coordinate is added times its own odd constant and passed through the finaliser (Stafford's mix 13) before the next one.
+It is integer arithmetic, so all devices draw the same integers. Checkpoints depend on it: it never changes.
+"""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+_WORD = 2**64
+_GOLDEN = 0x9E3779B97F4A7C15
+# Draws per row, per worker and shared ones never meet: each kind starts from a state of its own.
+_ROWS, _RACE, _SHARED = 1, 2, 3
+# keys=None: the worker's number stands above this bit, so its positions never reach another worker's.
+_POSITION_BITS = 40
+
+
+def uniform(
+    seed: int, step: int, keys: Int64[Tensor, " N"], *, level: int = 0, head: int = 0, draws: int = 1
+) -> Float[Tensor, "N draws"]:
+    """float64 uniforms strictly inside (0, 1) with 53 random bits; draw j of a row does not depend on `draws`.
+
+    Raises:
+        ValueError: keys that are not one dimension of int64, or a negative number of draws.
+    """
+    _check_keys(keys)
+    if draws < 0:
+        raise ValueError(f"draws is {draws}; it must be 0 or more")
+    rows = _absorb(_state(_ROWS, seed, step, level, head), keys)
+    return _unit(_absorb(rows.unsqueeze(1), torch.arange(draws, device=keys.device)))
+
+
+def normal(
+    seed: int, step: int, keys: Int64[Tensor, " N"], *, level: int = 0, head: int = 0, draws: int = 1
+) -> Float[Tensor, "N draws"]:
+    """float64 standard normals: the quantile function at `uniform` of the same arguments, so one uniform each."""
+    return torch.special.ndtri(uniform(seed, step, keys, level=level, head=head, draws=draws))
+
+
+def gumbel(
+    seed: int, step: int, keys: Int64[Tensor, " N"], *, level: int = 0, head: int = 0, draws: int = 1
+) -> Float[Tensor, "N draws"]:
+    """float64 standard Gumbel variables, -log(-log u): added to logits, their argmax is a draw from the softmax."""
+    return -torch.log(-torch.log(uniform(seed, step, keys, level=level, head=head, draws=draws)))
+
+
+def shared_uniform(seed: int, step: int, count: int, *, stream: int = 0) -> Float[Tensor, " count"]:
+    """float64 uniforms inside (0, 1) that every worker draws alike; `stream` tells uses in one step apart.
+
+    Raises:
+        ValueError: a negative count.
+    """
+    if count < 0:
+        raise ValueError(f"count is {count}; it must be 0 or more")
+    return _unit(_absorb(_state(_SHARED, seed, step, stream), torch.arange(count)))
+
+
+def race(
+    seed: int,
+    step: int,
+    keys: Int64[Tensor, " N"],
+    weights: Float[Tensor, " N"] | None = None,
+    *,
+    level: int = 0,
+    stream: int = 0,
+) -> Float[Tensor, " N"]:
+    """Finishing times -log(u) / weight, float64: the k smallest are k rows drawn without replacement by weight.
+
+    Needs no global order: every worker races its own rows and the smallest times of all are the global draw
+    (Efraimidis & Spirakis 2006, in exponential form). Weight 0 gives +inf: such a row never wins against another.
+
+    Raises:
+        ValueError: keys that are not one dimension of int64, or weights of another shape.
+    """
+    _check_keys(keys)
+    times = -torch.log(_unit(_absorb(_state(_RACE, seed, step, level, stream), keys)))
+    if weights is None:
+        return times
+    if weights.shape != keys.shape:
+        raise ValueError(f"{tuple(weights.shape)} weights for {tuple(keys.shape)} keys: each key takes one weight")
+    return times / weights.to(torch.float64)
+
+
+def default_keys(count: int, rank: int, device: torch.device | str | None = None) -> Int64[Tensor, " count"]:
+    """Keys for keys=None: (worker, position) in one number, never equal between workers.
+
+    Synchronised, but not the same for another number of workers. They are all negative, so they also stay apart from
+    row ids.
+
+    Raises:
+        ValueError: a position or worker beyond the range (2^40 positions, 2^22 workers).
+    """
+    if not 0 <= count <= 2**_POSITION_BITS or not 0 <= rank < 2**22:
+        raise ValueError(f"count {count} and rank {rank} must lie in [0, 2^{_POSITION_BITS}] and [0, 2^22)")
+    return torch.arange(count, device=device) - ((rank + 1) << _POSITION_BITS)
+
+
+def _check_keys(keys: Tensor) -> None:
+    if keys.dtype != torch.int64 or keys.ndim != 1:
+        raise ValueError(f"keys are {keys.dtype} of shape {tuple(keys.shape)}; they must be int64 of shape [N]")
+
+
+def _state(*coordinates: int) -> int:
+    """The hash of plain integers, as an int64: the same rounds as `_absorb`, in Python's integers."""
+    state = 0
+    for coordinate in coordinates:
+        state = (state + coordinate * _GOLDEN + _GOLDEN) % _WORD
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % _WORD
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % _WORD
+        state ^= state >> 31
+    return _signed(state)
+
+
+def _signed(word: int) -> int:
+    return word - _WORD if word >= _WORD // 2 else word
+
+
+def _absorb(state: Int64[Tensor, "..."] | int, coordinate: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """One round over tensors. int64 products wrap in torch, which is arithmetic modulo 2^64."""
+    word = coordinate * _signed(_GOLDEN) + state + _signed(_GOLDEN)
+    word = (word ^ _shift_right(word, 30)) * _signed(0xBF58476D1CE4E5B9)
+    word = (word ^ _shift_right(word, 27)) * _signed(0x94D049BB133111EB)
+    return word ^ _shift_right(word, 31)
+
+
+def _shift_right(word: Int64[Tensor, "..."], bits: int) -> Int64[Tensor, "..."]:
+    """Logical shift: torch's own copies the sign bit into the top."""
+    return (word >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _unit(word: Int64[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The upper 53 bits as a multiple of 2^-53 below 1; 0 becomes half a step, because logarithms are taken of it."""
+    return (_shift_right(word, 11).to(torch.float64) * 2.0**-53).clamp_min(2.0**-54)
