@@ -6,6 +6,7 @@ optimisers; and when the quantizers' `accumulate` contexts close, one reduce and
 optimisers step before the codebooks move, so a code revived in this step keeps the vector it was given.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -53,8 +54,8 @@ class Totals:
     skipped_steps: int = 0
     """Steps without an optimiser step, because a gradient was not finite."""
     non_finite_rows: int = 0
-    latest: dict[str, float] = field(default_factory=dict)
-    """The newest training metrics, times left out."""
+    latest: dict[str, float | None] = field(default_factory=dict)
+    """The newest training metrics, times left out; None where one was not finite (JSON has no NaN)."""
 
 
 @dataclass
@@ -140,7 +141,8 @@ def _run_stage(
         saving = done % spec.checkpoint_every == 0 or done == stage.steps
         if done % spec.log_every == 0 or saving:
             seen = watch.flush(totals)
-            totals.latest = {name: value for name, value in seen.items() if not name.startswith("speed/")}
+            kept = {name: value for name, value in seen.items() if not name.startswith("speed/")}
+            totals.latest = {name: value if math.isfinite(value) else None for name, value in kept.items()}
             # One curve runs through all stages, so metrics carry the step of the whole run.
             say({"kind": "metrics", "stage": stage.name, "run_step": before + done, "metrics": seen})
         say({"kind": "progress", "stage": stage.name, "step": done, "steps": stage.steps})

@@ -53,7 +53,7 @@ class Outcome:
     digest: str
     """The bundle's."""
     skipped: bool
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     run_id: str | None
 
 
