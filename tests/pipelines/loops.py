@@ -29,12 +29,12 @@ TINY = {
 }  # fmt: skip
 
 
-def make_shards(home: Path, rows: int = 45, parts: int = 2) -> str:
-    """Grey 8 x 8 images of soft random gradients as finished shards; the last ninth is test, the one before valid."""
+def make_shards(home: Path, rows: int = 45, parts: int = 2, side: int = SIDE) -> str:
+    """Grey images of soft random gradients as finished shards; the last ninth is test, the one before valid."""
     corpus = corpora.load("images")
-    settings = corpus.Settings(size=SIDE, colour="grey")
+    settings = corpus.Settings(size=side, colour="grey")
     drawn = np.random.default_rng(0)
-    y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE
+    y, x = np.mgrid[0:side, 0:side] / side
     records = []
     for part in range(parts):
         with ShardWriter(str(home), part, corpus.schema(settings)) as writer:
