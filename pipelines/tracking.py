@@ -1,18 +1,29 @@
-"""MLflow runs: settings, metrics, pictures, digests. The driver is the only writer."""
+"""MLflow runs: settings, metrics, pictures, digests. The driver is the only writer.
 
+MLflow is imported at the first call, never at import: it reads its environment when it is imported, and telemetry must
+be off and unpickling forbidden by then.
+"""
+
+import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pipelines.errors import Refused
+from pipelines.errors import Failed, Refused
 
 PARAM_LENGTH = 6000
-"""MLflow refuses longer values; a setting that long is a list nobody reads there, and the card has it whole."""
+"""MLflow keeps no more of a value. A setting that long is a list nobody reads there, and the card has it whole."""
+PARAMS_AT_ONCE = 100
 METRICS_AT_ONCE = 1000
+ARTIFACTS = "vqray-artifacts"
 
 
 def uri() -> str:
@@ -25,108 +36,174 @@ def where() -> str:
     parts = urlsplit(uri())
     if not parts.password:
         return uri()
-    return parts._replace(netloc=f"{parts.username}:***@{parts.hostname}").geturl()
+    return parts._replace(netloc=f"{parts.username}:***@{parts.netloc.rpartition('@')[2]}").geturl()
 
 
 def client() -> Any:
-    """An MLflow client.
+    """An MLflow client of the store at `uri()`, opened once per process."""
+    with told("open the store"):
+        return _client(uri(), os.getpid())
 
-    MLflow is imported here because it reads its environment at import: telemetry is off and unpickling forbidden
-    before its first line runs.
-    """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    import mlflow
 
-    for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    return mlflow.MlflowClient(tracking_uri=uri(), registry_uri=uri())
+@contextmanager
+def told(doing: str) -> Iterator[None]:
+    """Turn what MLflow raises into Failed, with the store's address and without its password."""
+    exceptions = _mlflow().exceptions
+    try:
+        yield
+    except exceptions.MlflowException as error:
+        reason = str(error).strip().partition("\n")[0].replace(uri(), where())
+        raise Failed(
+            f"could not {doing} in MLflow at {where()}: {reason}. "
+            "Check that MLFLOW_TRACKING_URI is right and that the store answers."
+        ) from None
 
 
 def download(artifact_uri: str, directory: Path) -> Path:
-    """Fetch one artifact directory below `directory`."""
-    client()
-    import mlflow
-
-    return Path(mlflow.artifacts.download_artifacts(artifact_uri, dst_path=str(directory), tracking_uri=uri()))
+    """Fetch one artifact directory below `directory` and return where it is."""
+    with told(f"download {artifact_uri}"):
+        artifacts = _mlflow().artifacts
+        return Path(artifacts.download_artifacts(artifact_uri, dst_path=str(directory), tracking_uri=uri()))
 
 
 class Run:
     """One MLflow run, open for writing."""
 
-    def __init__(self, mlflow_client: Any, run_id: str):
-        self._client = mlflow_client
+    def __init__(self, run_id: str):
         self.id = run_id
 
     def log_metrics(self, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        """(step, {name: value}) points, in as few calls as MLflow takes."""
-        from mlflow.entities import Metric
-
+        """(step, {name: value}) points, in as few calls as MLflow takes: a call costs far more than a number."""
+        entities = _mlflow().entities
         now = int(time.time() * 1000)
-        flat = [Metric(name, float(value), now, step) for step, values in points for name, value in values.items()]
-        for low in range(0, len(flat), METRICS_AT_ONCE):
-            self._client.log_batch(self.id, metrics=flat[low : low + METRICS_AT_ONCE])
+        flat = [
+            entities.Metric(name, float(value), now, step) for step, values in points for name, value in values.items()
+        ]
+        with told("log metrics"):
+            for low in range(0, len(flat), METRICS_AT_ONCE):
+                client().log_batch(self.id, metrics=flat[low : low + METRICS_AT_ONCE])
 
-    def log_file(self, path: str | Path, folder: str | None = None) -> None:
-        self._client.log_artifact(self.id, str(path), folder)
+    def log_picture(self, path: str | Path) -> None:
+        """A picture file, under `pictures/` of the run."""
+        with told(f"log {path}"):
+            client().log_artifact(self.id, str(path), "pictures")
 
-    def log_directory(self, path: str | Path, folder: str) -> None:
-        self._client.log_artifacts(self.id, str(path), folder)
+    def log_files(self, directory: str | Path, folder: str) -> None:
+        """Every file of a local directory, under `folder` of the run."""
+        with told(f"log {directory}"):
+            client().log_artifacts(self.id, str(directory), folder)
 
     def tags(self, values: Mapping[str, str]) -> None:
-        for name, value in values.items():
-            self._client.set_tag(self.id, name, value)
+        entities = _mlflow().entities
+        with told("set tags"):
+            client().log_batch(self.id, tags=[entities.RunTag(name, str(value)) for name, value in values.items()])
 
     def artifact_uri(self, folder: str) -> str:
-        return f"{self._client.get_run(self.id).info.artifact_uri}/{folder}"
+        """Where the files of `folder` lie in the store."""
+        with told(f"find run {self.id}"):
+            return f"{client().get_run(self.id).info.artifact_uri}/{folder}"
 
-    def finish(self, status: str) -> None:
-        """FINISHED or FAILED."""
-        self._client.set_terminated(self.id, status)
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        with told(f"end run {self.id}"):
+            client().set_terminated(self.id, status)
 
 
 def start_run(
-    experiment: str, name: str, settings: Mapping[str, Any], tags: Mapping[str, str], resume_run_id: str | None = None
+    experiment: str,
+    name: str,
+    settings: Mapping[str, Any],
+    tags: Mapping[str, str],
+    resume_run_id: str | None = None,
 ) -> Run:
-    """A new run with its settings as parameters, or an earlier one opened again."""
-    from mlflow.exceptions import MlflowException
+    """A new run with its settings as parameters, or an earlier one opened again.
 
-    mlflow_client = client()
-    if resume_run_id is not None:
-        try:
-            mlflow_client.update_run(resume_run_id, status="RUNNING")
-        except MlflowException:
-            # Another tracking store than the run was begun on: its history stays there, and a new one begins here.
-            return start_run(experiment, name, settings, tags)
-        return Run(mlflow_client, resume_run_id)
-    run = mlflow_client.create_run(_experiment(mlflow_client, experiment), run_name=name, tags=dict(tags))
-    from mlflow.entities import Param
+    An earlier run that this store does not have (it was deleted, or another store was in use) stays where it is, and a
+    new one begins here.
 
-    params = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in settings.items()]
-    for low in range(0, len(params), 100):
-        mlflow_client.log_batch(run.info.run_id, params=params[low : low + 100])
-    return Run(mlflow_client, run.info.run_id)
+    Raises:
+        Refused: the experiment was deleted.
+        Failed: the store does not answer.
+    """
+    if resume_run_id is not None and (earlier := find_run(resume_run_id)) is not None:
+        with told(f"open run {earlier.id} again"):
+            client().update_run(earlier.id, status="RUNNING")
+        return earlier
+    entities = _mlflow().entities
+    params = [entities.Param(key, _shortened(value)) for key, value in settings.items()]
+    experiment_id = _experiment(experiment)
+    with told(f"start run {name!r}"):
+        run = client().create_run(experiment_id, run_name=name, tags=dict(tags))
+        for low in range(0, len(params), PARAMS_AT_ONCE):
+            client().log_batch(run.info.run_id, params=params[low : low + PARAMS_AT_ONCE])
+    return Run(run.info.run_id)
 
 
 def find_run(run_id: str) -> Run | None:
-    """The run of this id, if this tracking store has it."""
-    from mlflow.exceptions import MlflowException
+    """The run of this id, if this tracking store has it and it was not deleted."""
+    exceptions = _mlflow().exceptions
+    with told(f"look for run {run_id}"):
+        try:
+            found = client().get_run(run_id)
+        except exceptions.MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+    return Run(run_id) if found.info.lifecycle_stage == "active" else None
 
-    mlflow_client = client()
-    try:
-        mlflow_client.get_run(run_id)
-    except MlflowException:
+
+def _experiment(name: str) -> str:
+    """The id of an experiment, made if there is none. Another process may make it at the same moment."""
+    exceptions = _mlflow().exceptions
+    with told(f"open experiment {name!r}"):
+        found = client().get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(client().create_experiment(name, artifact_location=_artifact_location(name)))
+            except exceptions.MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            found = client().get_experiment_by_name(name)
+    if found.lifecycle_stage == "deleted":
+        raise Refused(
+            f"the MLflow experiment {name!r} at {where()} was deleted: restore it, or delete it for good (mlflow gc)."
+        )
+    return str(found.experiment_id)
+
+
+def _artifact_location(experiment: str) -> str | None:
+    """Beside a database file. A server decides for itself."""
+    if not uri().startswith("sqlite:///"):
         return None
-    return Run(mlflow_client, run_id)
+    database = Path(uri().removeprefix("sqlite:///").partition("?")[0]).absolute()
+    return (database.parent / ARTIFACTS / experiment.replace("/", "_")).as_uri()
 
 
-def _experiment(mlflow_client: Any, name: str) -> str:
-    found = mlflow_client.get_experiment_by_name(name)
-    if found is not None:
-        if found.lifecycle_stage == "deleted":
-            raise Refused(f"the MLflow experiment {name!r} was deleted; restore it or delete it for good (mlflow gc).")
-        return str(found.experiment_id)
-    # With a database file, artifacts lie beside it; a server decides for itself.
-    database = uri().removeprefix("sqlite:///") if uri().startswith("sqlite:///") else None
-    location = (Path(database).parent / "vqray-artifacts" / name).as_uri() if database else None
-    return str(mlflow_client.create_experiment(name, artifact_location=location))
+def _shortened(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    if len(text) <= PARAM_LENGTH:
+        return text
+    end = f"... ({len(text):,} characters; the card has all of them)"
+    return text[: PARAM_LENGTH - len(end)] + end
+
+
+def _mlflow() -> ModuleType:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+    import mlflow
+
+    return mlflow
+
+
+@lru_cache(maxsize=8)
+def _client(address: str, process: int) -> Any:
+    """Opening a database file costs seconds the first time: MLflow creates and migrates its tables."""
+    mlflow = _mlflow()
+    for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        # Between MLflow and its own dependencies, at the first opening; nothing here can change it.
+        warnings.simplefilter("ignore")
+        opened = mlflow.MlflowClient(tracking_uri=address, registry_uri=address)
+        opened.search_experiments(max_results=1)
+        opened.search_registered_models(max_results=1)
+    return opened
