@@ -1,0 +1,281 @@
+"""Raw files to shards: survey, cut into parts, read and write each part in one task, and last of all the manifest."""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines import cluster, corpora, storage
+from pipelines.corpora import CorpusSettings, Slice, Survey
+from pipelines.errors import Failed, Refused
+from pipelines.export import export_parquet
+from pipelines.manifest import (
+    SPLITS,
+    Manifest,
+    ShardRecord,
+    Units,
+    describe,
+    is_finished,
+    load_manifest,
+    save_manifest,
+)
+from pipelines.parts import Part, Record, run_parts
+from pipelines.reading import Selection, read_part
+from pipelines.shards import check_holdout
+
+REQUEST = "ingest.json"
+SOURCES = "sources.arrow"
+QUARANTINE = "quarantine.arrow"
+MOST_PART_BYTES = 256 * 2**20
+LEAST_PART_BYTES = 4 * 2**20
+MOST_PART_SLICES = 16_384
+"""A part's record names its slices; a million tiny files must not make one record of all."""
+
+
+@dataclass(frozen=True)
+class IngestResult:
+    """What an ingest made, or found made."""
+
+    out: str
+    digest: str
+    """Of the manifest."""
+    rows: int
+    quarantined: int
+    filtered: dict[str, int]
+    """Named setting or reason -> units left out."""
+    skipped: bool
+    """True when it was finished before."""
+    seconds: float
+
+
+def ingest(
+    kind: str,
+    sources: Sequence[str],
+    out: str,
+    *,
+    settings: CorpusSettings,
+    limit: int | None = None,
+    max_bad_fraction: float = 0.05,
+    holdout: float = 0.1,
+    parquet: bool = False,
+) -> IngestResult:
+    """Turn raw files into shards and a manifest at `out`. Run again, it goes on where it stopped or finds all done.
+
+    Args:
+        kind: corpus kind.
+        limit: take about so many units, spread evenly over all of them.
+        max_bad_fraction: largest share of the units looked at that may be quarantined. It may differ on a rerun.
+        holdout: share of groups for valid, and again for test, where the data has no official splits.
+        parquet: export every shard as Parquet too; the manifest stays that of the Arrow shards.
+
+    Raises:
+        Refused: nothing to read, a number out of range, or an `out` that holds something else.
+        Failed: too many bad units, or no good one. Finished parts and the quarantine are kept.
+    """
+    began = time.monotonic()
+    out, sources = storage.normalise(out), [storage.normalise(source) for source in sources]
+    _check_request(sources, out, limit, max_bad_fraction, holdout)
+    corpus = corpora.load(kind)
+    survey = corpus.survey(list(sources), settings)
+    units = sum(piece.stop - piece.start for piece in survey.slices)
+    if not units:
+        raise Refused(
+            f"there is nothing of the kind {kind!r} in {', '.join(sources)}; found {survey.ignored or 'no files'}."
+        )
+    request = {
+        "kind": kind,
+        "settings": settings.model_dump(mode="json"),
+        "limit": limit,
+        "holdout": holdout,
+        "sources": _described(survey, units),
+    }
+    skipped = is_finished(out)
+    if not skipped:
+        cluster.require_shared(out, *sources)
+    _claim(out, request)
+    if not skipped:
+        selection = Selection(units, limit, holdout)
+        work = partial(read_part, corpus, settings, survey.context, selection, out)
+        check = _StopIfHopeless(max_bad_fraction * selection.wanted_before(units), out)
+        found = run_parts(_cut(survey.slices), work, out, label="ingest", unit="units", check=check)
+        _finish(kind, corpus.schema(settings), request, survey, found, max_bad_fraction, out)
+    manifest = load_manifest(out)
+    if parquet:
+        export_parquet(out)
+    _tell(f"{out} was already finished: {manifest.units.kept} rows, nothing to do" if skipped else _summary(manifest))
+    return IngestResult(
+        out,
+        manifest.digest,
+        manifest.units.kept,
+        manifest.units.quarantined,
+        manifest.units.filtered,
+        skipped,
+        round(time.monotonic() - began, 3),
+    )
+
+
+def _check_request(sources: list[str], out: str, limit: int | None, max_bad_fraction: float, holdout: float) -> None:
+    check_holdout(holdout)
+    if limit is not None and limit < 1:
+        raise Refused(f"limit={limit} was given; it is the number of units to take: at least 1.")
+    if not 0 <= max_bad_fraction <= 1:
+        raise Refused(f"max_bad_fraction={max_bad_fraction} was given; it is a share: from 0 to 1.")
+    if not sources:
+        raise Refused("no source was given; name at least one file, directory or s3:// prefix.")
+    for source in sources:
+        if f"{out}/".startswith(f"{source}/"):
+            raise Refused(f"out={out} lies inside the source {source}; put it elsewhere, or it would be read as data.")
+
+
+def _described(survey: Survey, units: int) -> dict[str, Any]:
+    """What the sources are, independent of where they lie; a file of another size, name or label changes it."""
+    listing = [[piece.name, piece.start, piece.stop, piece.bytes, piece.meta] for piece in survey.slices]
+    return {
+        "digest": storage.sha256_of_bytes(storage.canonical_json([listing, survey.context, survey.ignored])),
+        "names": len({piece.name for piece in survey.slices}),
+        "units": units,
+        "bytes": sum(piece.bytes for piece in survey.slices),
+    }
+
+
+def _claim(out: str, request: dict[str, Any]) -> None:
+    """Make `out` this ingest's before work begins, or find that it is."""
+    home = storage.join(out, REQUEST)
+    if not storage.exists(home):
+        if storage.exists(out) and storage.list_files(out):
+            raise Refused(f"{out} holds other files; give an --out that is empty or does not exist.")
+        storage.write_json_atomic(home, request)
+        return
+    before, now = (dict(_flat(value)) for value in (storage.read_json(home), request))
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+    if changed:
+        differences = "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in changed)
+        raise Refused(
+            f"{out} holds another ingest: {differences}. "
+            "Give another --out, or the settings and files it was begun with."
+        )
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    items: list[tuple[str, Any]] = []
+    for key, item in value.items():
+        items += _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else [(prefix + key, item)]
+    return items
+
+
+def _cut(slices: Sequence[Slice]) -> list[Part]:
+    """Runs of slices. The sizes depend on the sources alone, so any machine cuts alike and digests agree."""
+    target = min(MOST_PART_BYTES, max(LEAST_PART_BYTES, sum(piece.bytes for piece in slices) // 32))
+    parts: list[list[list[Any]]] = []
+    first, size = 0, 0
+    for piece in slices:
+        if not parts or size + piece.bytes > target or len(parts[-1]) == MOST_PART_SLICES:
+            parts.append([])
+            size = 0
+        parts[-1].append([first, asdict(piece)])
+        size += piece.bytes
+        first += piece.stop - piece.start
+    return [Part(sum(piece["stop"] - piece["start"] for _, piece in part), part) for part in parts]
+
+
+class _StopIfHopeless:
+    """Sees records as parts finish: the rest need not be read when more is bad already than may be in all."""
+
+    def __init__(self, allowed: float, out: str) -> None:
+        self.allowed, self.out = allowed, out
+        self.records: list[Record] = []
+        self.bad = 0
+
+    def __call__(self, record: Record) -> None:
+        self.records.append(record)
+        self.bad += len(record["bad"])
+        if self.bad > self.allowed:
+            _write_quarantine(self.records, self.out)
+            raise Failed(_too_bad(self.records, self.out))
+
+
+def _finish(
+    kind: str,
+    schema: pa.Schema,
+    request: dict[str, Any],
+    survey: Survey,
+    records: list[Record],
+    max_bad_fraction: float,
+    out: str,
+) -> None:
+    """Side tables, checks over all parts, and the manifest that makes it all exist."""
+    _write_quarantine(records, out)
+    bad = sum(len(record["bad"]) for record in records)
+    shards = tuple(ShardRecord(**shard) for record in records for shard in record["shards"])
+    kept = sum(shard.rows for shard in shards)
+    if bad > max_bad_fraction * (kept + bad):
+        raise Failed(_too_bad(records, out))
+    filtered: Counter[str] = Counter(survey.ignored)
+    for record in records:
+        filtered.update(record["filtered"])
+    if not kept:
+        raise Failed(f"not one row was kept: {bad} units were bad, and left out were {dict(filtered) or 'none'}.")
+    read = [row for record in records for row in record["sources"]]
+    names = ("name", "start", "stop", "kept", "quarantined", "fingerprint")
+    manifest = Manifest(
+        kind=kind,
+        settings=request["settings"],
+        selection={"limit": request["limit"], "holdout": request["holdout"]},
+        columns=describe(schema),
+        shards=shards,
+        units=Units(kept + bad + filtered.total(), kept, bad, dict(filtered)),
+        sources=_write_table(read, names, storage.join(out, SOURCES)),
+        context=survey.context,
+    )
+    storage.remove_staged(out)
+    save_manifest(manifest, out)
+
+
+def _write_quarantine(records: list[Record], out: str) -> None:
+    # Its digest stays out of the manifest: a reason may quote a path or a library's version.
+    rows = [row for record in records for row in record["bad"]]
+    _write_table(rows, ("source", "unit", "reason"), storage.join(out, QUARANTINE))
+    if rows:
+        _tell(f"{len(rows)} units are quarantined in {storage.join(out, QUARANTINE)}; commonest: {_reasons(records)}")
+
+
+def _write_table(rows: list[list[Any]], names: Sequence[str], uri: str) -> str:
+    """Rows as one Arrow IPC file; its sha256."""
+    numbers = {"unit", "start", "stop", "kept", "quarantined"}
+    schema = pa.schema([(name, pa.int64() if name in numbers else pa.string()) for name in names])
+    columns = [pa.array([row[index] for row in rows], item.type) for index, item in enumerate(schema)]
+    with storage.writing(uri) as staged:
+        with pa.OSFile(str(staged), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+        return storage.sha256_of_file(staged)
+
+
+def _reasons(records: list[Record]) -> str:
+    counts = Counter(reason for record in records for _, _, reason in record["bad"])
+    return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
+
+
+def _too_bad(records: list[Record], out: str) -> str:
+    bad = sum(len(record["bad"]) for record in records)
+    looked = bad + sum(shard["rows"] for record in records for shard in record["shards"])
+    return (
+        f"{bad} of {looked} units looked at could not be read ({bad / looked:.1%}), more than max_bad_fraction allows: "
+        f"{_reasons(records)}. They are listed in {storage.join(out, QUARANTINE)}. "
+        "Mend the sources and use a new --out, or run this again with a larger --max-bad-fraction; what was made stays."
+    )
+
+
+def _summary(manifest: Manifest) -> str:
+    units = manifest.units
+    left_out = "".join(f", {count} left out ({reason})" for reason, count in sorted(units.filtered.items()))
+    splits = ", ".join(f"{split} {manifest.rows(split)}" for split in SPLITS)
+    return f"{units.read} units: {units.kept} rows ({splits}), {units.quarantined} quarantined{left_out}"
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
