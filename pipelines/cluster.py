@@ -1,50 +1,96 @@
-"""Connecting to Ray: the cluster that RAY_ADDRESS names, or one of this machine's own that ends with the process."""
+"""Starting Ray, or joining the cluster that RAY_ADDRESS names. Nothing happens at import."""
 
 import logging
 import os
-import warnings
+import secrets
+import sys
+from pathlib import Path
 
 import ray
+from ray._raylet import Config  # type: ignore[attr-defined]  # compiled
 
-from pipelines.errors import Refused
+from pipelines import storage
+from pipelines.errors import Failed, Refused
+
+TOKEN = Path("~/.ray/auth_token")
 
 
 def connect() -> None:
-    """Connect once per process.
+    """Start a local Ray once, or join the cluster at RAY_ADDRESS; where Ray already runs in this process, do nothing.
 
-    An embedded instance listens on loopback only, starts no dashboard and so no Jobs API, and ends with the process;
-    it runs without token authentication unless RAY_AUTH_MODE says otherwise. A cluster's own mode is left to the
-    environment: a client must use what the cluster uses.
+    RAY_AUTH_MODE is never left implicit: unset, it depends on whether anybody ever ran `ray.init()` under this HOME.
+    A value the user set stays. Else a local Ray gets a token of its own, which lives in this process's environment
+    (workers inherit it) and leaves no file; a cluster gets `token` where a token is to be found, `disabled` where not.
+
+    Raises:
+        Refused: there is no cluster at RAY_ADDRESS.
     """
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Otherwise Ray warns on every start that it will stop clearing CUDA_VISIBLE_DEVICES for tasks without GPUs.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address := os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(address=address, **quiet)
-        except ConnectionError as error:
-            raise Refused(
-                f"RAY_ADDRESS={address!r} does not answer: {error}. Unset it to run on this machine."
-            ) from None
-        return
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        ray.init(include_dashboard=False, **quiet)
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if "RAY_AUTH_MODE" not in os.environ:
+        _choose_auth(address)
+    # "local" and not None: None would join whatever `ray start` last left on this machine.
+    try:
+        if address == "local":
+            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+        else:
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+    except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
+        raise Refused(
+            f"could not join Ray at {address} ({type(error).__name__}). Check RAY_ADDRESS, RAY_AUTH_MODE and the "
+            "token, or unset RAY_ADDRESS to run on this machine."
+        ) from error
 
 
 def cpus() -> int:
-    """CPUs of the whole cluster."""
+    """Logical CPUs of the whole cluster."""
+    connect()
     return int(ray.cluster_resources().get("CPU", 0))
 
 
-def require_free_cpu() -> None:
-    """Refuse to start what would wait without a word: Ray Data shows nothing while no CPU is free."""
-    free = ray.available_resources().get("CPU", 0.0)
-    if free < 1:
+def require_free_cpu(patience: float = 300.0) -> None:
+    """Wait until a task of one CPU runs: Ray Data would wait too, but for ever and without a word.
+
+    A task is asked for, not counted: on a cluster that grows with demand there is no CPU until somebody asks.
+
+    Raises:
+        Failed: none ran within `patience` seconds.
+    """
+    connect()
+    waiting = [ray.remote(num_cpus=1)(_nothing).remote()]
+    if not ray.wait(waiting, timeout=min(5.0, patience))[0]:
+        print(f"waiting for a free CPU (the cluster has {cpus()}, all in use)", file=sys.stderr)
+        if not ray.wait(waiting, timeout=max(0.0, patience - 5.0))[0]:
+            ray.cancel(waiting[0], force=True)
+            raise Failed(
+                f"no CPU became free within {patience:g} s; the cluster has {cpus()}. "
+                "Wait for other jobs or stop one (`vqray jobs`), then run this again: it goes on where it stopped."
+            )
+
+
+def require_shared(*uris: str) -> None:
+    """Refuse local paths on a cluster of several machines: each would see files of its own."""
+    connect()
+    machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    local = [uri for uri in uris if storage.is_local(uri)]
+    if len(machines) > 1 and local:
         raise Refused(
-            f"no CPU is free on this cluster ({free:g} of {cpus()}); wait for the work that holds them, or add nodes."
+            f"{', '.join(local)} is a path of one machine, and the cluster has {len(machines)}; use s3:// URIs."
         )
+
+
+def _nothing() -> None:
+    return None
+
+
+def _choose_auth(address: str) -> None:
+    if address == "local":
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ["RAY_AUTH_MODE"] = "token"
+    else:
+        found = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+        os.environ["RAY_AUTH_MODE"] = "token" if found or TOKEN.expanduser().exists() else "disabled"
+    # Ray reads the mode when it is imported, which was earlier; it refreshes its own copy in this way too.
+    Config.initialize("")

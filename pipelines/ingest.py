@@ -1,18 +1,19 @@
-"""Raw files to shards: survey, cut into parts, read and write each part once, and last the manifest."""
+"""Raw files to shards: survey, cut into parts, read and write each part in one task, and last of all the manifest."""
 
-import hashlib
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from pipelines import corpora, recipe, registry, storage
-from pipelines.corpora import NOT_TEST, Bad, CorpusSettings, Row, Slice, Survey
+from pipelines import cluster, corpora, storage
+from pipelines.corpora import CorpusSettings, Slice, Survey
 from pipelines.errors import Failed, Refused
+from pipelines.export import export_parquet
 from pipelines.manifest import (
     SPLITS,
     Manifest,
@@ -23,39 +24,33 @@ from pipelines.manifest import (
     load_manifest,
     save_manifest,
 )
-from pipelines.options import differences, validated
-from pipelines.parts import Part, Record, forget_records, run_parts
-from pipelines.shards import ShardWriter, batch_of, check_holdout, export_parquet, split_of
-from vqcore.bundle import read_card
+from pipelines.parts import Part, Record, run_parts
+from pipelines.reading import Selection, read_part
+from pipelines.shards import check_holdout
 
-MOST_PART_BYTES = 256 << 20
-LEAST_PART_BYTES = 4 << 20
-BATCH_ROWS = 1024
-QUARANTINE = "quarantine.arrow"
+REQUEST = "ingest.json"
 SOURCES = "sources.arrow"
+QUARANTINE = "quarantine.arrow"
+MOST_PART_BYTES = 256 * 2**20
+LEAST_PART_BYTES = 4 * 2**20
+MOST_PART_SLICES = 16_384
+"""A part's record names its slices; a million tiny files must not make one record of all."""
 
 
 @dataclass(frozen=True)
 class IngestResult:
+    """What an ingest made, or found made."""
+
     out: str
     digest: str
+    """Of the manifest."""
     rows: int
     quarantined: int
     filtered: dict[str, int]
+    """Named setting or reason -> units left out."""
     skipped: bool
-
-
-def prepared_by(
-    *, corpus: str | None, recipe_name: str | None, bundle: str | None, overrides: dict[str, Any]
-) -> tuple[str, CorpusSettings]:
-    """The corpus kind and its settings, from a kind, from a recipe's kind, or from how a bundle's data was prepared."""
-    if bundle is not None:
-        if overrides:
-            raise Refused("--bundle takes the preparation from the card; leave --set out, or use --corpus.")
-        made = read_card(registry.local_bundle(bundle))["corpus"]
-        return made["kind"], corpora.load(made["kind"]).Settings.model_validate(made["settings"])
-    kind = corpus if corpus is not None else recipe.load(recipe_name or "").corpus[0]
-    return kind, validated(corpora.load(kind).Settings, overrides, f"corpus {kind!r}")
+    """True when it was finished before."""
+    seconds: float
 
 
 def ingest(
@@ -65,248 +60,222 @@ def ingest(
     *,
     settings: CorpusSettings,
     limit: int | None = None,
-    holdout: float = 0.1,
     max_bad_fraction: float = 0.05,
+    holdout: float = 0.1,
     parquet: bool = False,
 ) -> IngestResult:
-    """Turn raw files into shards and a manifest under `out`.
+    """Turn raw files into shards and a manifest at `out`. Run again, it goes on where it stopped or finds all done.
 
-    Units read = kept + quarantined + filtered. Rerunning goes on where it stopped, or does nothing when it is done.
+    Args:
+        kind: corpus kind.
+        limit: take about so many units, spread evenly over all of them.
+        max_bad_fraction: largest share of the units looked at that may be quarantined. It may differ on a rerun.
+        holdout: share of groups for valid, and again for test, where the data has no official splits.
+        parquet: export every shard as Parquet too; the manifest stays that of the Arrow shards.
 
     Raises:
         Refused: nothing to read, a number out of range, or an `out` that holds something else.
-        Failed: too much of it could not be read, or nothing of it could.
+        Failed: too many bad units, or no good one. Finished parts and the quarantine are kept.
     """
-    _check_numbers(limit, holdout, max_bad_fraction)
+    began = time.monotonic()
+    out, sources = storage.normalise(out), [storage.normalise(source) for source in sources]
+    _check_request(sources, out, limit, max_bad_fraction, holdout)
     corpus = corpora.load(kind)
-    out = storage.normalise(out)
-    survey = corpus.survey([storage.normalise(source) for source in sources], settings)
-    parts = _cut(survey.slices)
+    survey = corpus.survey(list(sources), settings)
+    units = sum(piece.stop - piece.start for piece in survey.slices)
+    if not units:
+        raise Refused(
+            f"there is nothing of the kind {kind!r} in {', '.join(sources)}; found {survey.ignored or 'no files'}."
+        )
     request = {
         "kind": kind,
         "settings": settings.model_dump(mode="json"),
         "limit": limit,
         "holdout": holdout,
-        "source files": _listing_digest(survey),
+        "sources": _described(survey, units),
     }
+    skipped = is_finished(out)
+    if not skipped:
+        cluster.require_shared(out, *sources)
     _claim(out, request)
-    if is_finished(out):
-        return _result(load_manifest(out), out, skipped=True)
-    units = sum(s.stop - s.start for s in survey.slices)
-    bad = 0
-
-    def check(record: Record) -> None:
-        nonlocal bad
-        bad += len(record["bad"])
-        if bad > max_bad_fraction * units:
-            raise Failed(_too_bad(bad, units, max_bad_fraction, out, record["bad"]))
-
-    config = {
-        "kind": kind,
-        "settings": request["settings"],
-        "context": survey.context,
-        "out": out,
-        "holdout": holdout,
-        "limit": limit,
-        "units": units,
-    }
-    todo = {
-        number: Part(sum(s.stop - s.start for _, s in part), [[first, asdict(s)] for first, s in part])
-        for number, part in enumerate(parts)
-    }
-    records = run_parts(todo, _ingest_part, config, label="ingest", unit="units", out=out, check=check)
-    manifest = _finish(kind, corpus, settings, {"limit": limit, "holdout": holdout}, survey, records, out)
-    if manifest.rows() == 0:
-        raise Failed(f"nothing in {', '.join(sources)} could be read: {_reasons(records)}. See {out}/{QUARANTINE}.")
-    save_manifest(manifest, out)
-    forget_records(out)
+    if not skipped:
+        selection = Selection(units, limit, holdout)
+        work = partial(read_part, corpus, settings, survey.context, selection, out)
+        check = _StopIfHopeless(max_bad_fraction * selection.wanted_before(units), out)
+        found = run_parts(_cut(survey.slices), work, out, label="ingest", unit="units", check=check)
+        _finish(kind, corpus.schema(settings), request, survey, found, max_bad_fraction, out)
+    manifest = load_manifest(out)
     if parquet:
         export_parquet(out)
-    _tell(manifest, records, out)
-    return _result(manifest, out, skipped=False)
+    _tell(f"{out} was already finished: {manifest.units.kept} rows, nothing to do" if skipped else _summary(manifest))
+    return IngestResult(
+        out,
+        manifest.digest,
+        manifest.units.kept,
+        manifest.units.quarantined,
+        manifest.units.filtered,
+        skipped,
+        round(time.monotonic() - began, 3),
+    )
 
 
-def _check_numbers(limit: int | None, holdout: float, max_bad_fraction: float) -> None:
-    if limit is not None and limit < 1:
-        raise Refused(f"--limit {limit}: it is a number of units to take, so at least 1.")
+def _check_request(sources: list[str], out: str, limit: int | None, max_bad_fraction: float, holdout: float) -> None:
     check_holdout(holdout)
+    if limit is not None and limit < 1:
+        raise Refused(f"limit={limit} was given; it is the number of units to take: at least 1.")
     if not 0 <= max_bad_fraction <= 1:
-        raise Refused(f"--max-bad-fraction {max_bad_fraction}: it is a share of all units, so it lies in [0, 1].")
+        raise Refused(f"max_bad_fraction={max_bad_fraction} was given; it is a share: from 0 to 1.")
+    if not sources:
+        raise Refused("no source was given; name at least one file, directory or s3:// prefix.")
+    for source in sources:
+        if f"{out}/".startswith(f"{source}/"):
+            raise Refused(f"out={out} lies inside the source {source}; put it elsewhere, or it would be read as data.")
 
 
-def _cut(slices: list[Slice]) -> list[list[tuple[int, Slice]]]:
-    """Runs of slices with the number of their first unit, at most 256 MiB and about a 32nd of a small corpus each.
-
-    Nothing of the machine takes part, so the same files give the same parts anywhere.
-    """
-    target = min(MOST_PART_BYTES, max(LEAST_PART_BYTES, sum(s.bytes for s in slices) // 32))
-    parts: list[list[tuple[int, Slice]]] = []
-    first, size = 0, 0
-    for piece in slices:
-        if not parts or size + piece.bytes > target:
-            parts.append([])
-            size = 0
-        parts[-1].append((first, piece))
-        size += piece.bytes
-        first += piece.stop - piece.start
-    return parts
-
-
-def _listing_digest(survey: Survey) -> str:
-    listing = [[s.name, s.start, s.stop, s.bytes, s.meta] for s in survey.slices]
-    return storage.sha256_of_bytes(storage.canonical_json([listing, survey.context, survey.ignored]))[:16]
+def _described(survey: Survey, units: int) -> dict[str, Any]:
+    """What the sources are, independent of where they lie; a file of another size, name or label changes it."""
+    listing = [[piece.name, piece.start, piece.stop, piece.bytes, piece.meta] for piece in survey.slices]
+    return {
+        "digest": storage.sha256_of_bytes(storage.canonical_json([listing, survey.context, survey.ignored])),
+        "names": len({piece.name for piece in survey.slices}),
+        "units": units,
+        "bytes": sum(piece.bytes for piece in survey.slices),
+    }
 
 
 def _claim(out: str, request: dict[str, Any]) -> None:
-    """Make `out` this ingest's, or find that it is."""
-    home = storage.join(out, "request.json")
+    """Make `out` this ingest's before work begins, or find that it is."""
+    home = storage.join(out, REQUEST)
     if not storage.exists(home):
         if storage.exists(out) and storage.list_files(out):
             raise Refused(f"{out} holds other files; give an --out that is empty or does not exist.")
         storage.write_json_atomic(home, request)
         return
-    if different := differences(storage.read_json(home), request):
+    before, now = (dict(_flat(value)) for value in (storage.read_json(home), request))
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+    if changed:
+        differences = "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in changed)
         raise Refused(
-            f"{out} holds an ingest with other settings or files ({'; '.join(different)})."
-            " Choose another --out, or repeat its settings."
+            f"{out} holds another ingest: {differences}. "
+            "Give another --out, or the settings and files it was begun with."
         )
 
 
-def is_wanted(unit: int, units: int, limit: int | None) -> bool:
-    """Whether unit number `unit` of `units` is among `limit` units spread evenly over all."""
-    if limit is None or limit >= units:
-        return True
-    return unit * limit // units != (unit - 1) * limit // units
+def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    items: list[tuple[str, Any]] = []
+    for key, item in value.items():
+        items += _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else [(prefix + key, item)]
+    return items
 
 
-def _ingest_part(number: int, slices: list[Any], config: dict[str, Any]) -> Record:
-    """Read one part, write its shards, and say what became of every unit."""
-    corpus = corpora.load(config["kind"])
-    settings = corpus.Settings.model_validate(config["settings"])
-    record: Record = {"bad": [], "left_out": 0, "sources": []}
-    with ShardWriter(config["out"], number, corpus.schema(settings)) as writer:
-        waiting: list[Row] = []
-        for row in _rows(corpus, settings, slices, config, record):
-            waiting.append(row)
-            if len(waiting) == BATCH_ROWS:
-                _write(writer, waiting, config["holdout"])
-                waiting = []
-        _write(writer, waiting, config["holdout"])
-    record["shards"] = [asdict(shard) for shard in writer.records]
-    return record
+def _cut(slices: Sequence[Slice]) -> list[Part]:
+    """Runs of slices. The sizes depend on the sources alone, so any machine cuts alike and digests agree."""
+    target = min(MOST_PART_BYTES, max(LEAST_PART_BYTES, sum(piece.bytes for piece in slices) // 32))
+    parts: list[list[list[Any]]] = []
+    first, size = 0, 0
+    for piece in slices:
+        if not parts or size + piece.bytes > target or len(parts[-1]) == MOST_PART_SLICES:
+            parts.append([])
+            size = 0
+        parts[-1].append([first, asdict(piece)])
+        size += piece.bytes
+        first += piece.stop - piece.start
+    return [Part(sum(piece["stop"] - piece["start"] for _, piece in part), part) for part in parts]
 
 
-def _rows(
-    corpus: corpora.Corpus, settings: CorpusSettings, slices: list[Any], config: dict[str, Any], record: Record
-) -> Iterator[Row]:
-    """The rows of a part; what becomes of all other units goes into the record."""
-    for first, fields in slices:
-        piece = Slice(**fields)
-        hashed, seen = hashlib.sha256(), 0
-        wanted = _wanted(first, config["units"], config["limit"])
-        for _, found, fingerprint in corpus.read(piece, config["context"], settings, wanted):
-            hashed.update(fingerprint)
-            seen += 1
-            if isinstance(found, Bad):
-                record["bad"].append([found.source, found.reason])
-            else:
-                yield found
-        record["left_out"] += piece.stop - piece.start - seen
-        record["sources"].append([piece.name, piece.start, piece.stop, hashed.hexdigest()])
+class _StopIfHopeless:
+    """Sees records as parts finish: the rest need not be read when more is bad already than may be in all."""
 
+    def __init__(self, allowed: float, out: str) -> None:
+        self.allowed, self.out = allowed, out
+        self.records: list[Record] = []
+        self.bad = 0
 
-def _write(writer: ShardWriter, rows: list[Row], holdout: float) -> None:
-    splits = np.array([SPLITS.index(_split_of(row, holdout)) for row in rows], dtype=np.int8)
-    writer.write(batch_of([row.values for row in rows], writer.corpus_schema), splits)
-
-
-def _wanted(first: int, units: int, limit: int | None) -> Callable[[int], bool]:
-    return lambda unit: is_wanted(first + unit, units, limit)
-
-
-def _split_of(row: Row, holdout: float) -> str:
-    by_hash = split_of(row.group, holdout)
-    if row.split == NOT_TEST:
-        return "valid" if by_hash == "valid" else "train"
-    return row.split or by_hash
+    def __call__(self, record: Record) -> None:
+        self.records.append(record)
+        self.bad += len(record["bad"])
+        if self.bad > self.allowed:
+            _write_quarantine(self.records, self.out)
+            raise Failed(_too_bad(self.records, self.out))
 
 
 def _finish(
     kind: str,
-    corpus: corpora.Corpus,
-    settings: CorpusSettings,
-    selection: dict[str, Any],
+    schema: pa.Schema,
+    request: dict[str, Any],
     survey: Survey,
     records: list[Record],
+    max_bad_fraction: float,
     out: str,
-) -> Manifest:
-    """Write the side tables and make the manifest that will name them."""
-    bad = [[part, *found] for part, record in enumerate(records) for found in record["bad"]]
-    sources = [[part, *source] for part, record in enumerate(records) for source in record["sources"]]
-    _write_table(out, QUARANTINE, "part source reason", bad)
+) -> None:
+    """Side tables, checks over all parts, and the manifest that makes it all exist."""
+    _write_quarantine(records, out)
+    bad = sum(len(record["bad"]) for record in records)
     shards = tuple(ShardRecord(**shard) for record in records for shard in record["shards"])
     kept = sum(shard.rows for shard in shards)
-    left_out = sum(record["left_out"] for record in records)
-    filtered = {**survey.ignored, **({"limit": left_out} if left_out else {})}
-    return Manifest(
+    if bad > max_bad_fraction * (kept + bad):
+        raise Failed(_too_bad(records, out))
+    filtered: Counter[str] = Counter(survey.ignored)
+    for record in records:
+        filtered.update(record["filtered"])
+    if not kept:
+        raise Failed(f"not one row was kept: {bad} units were bad, and left out were {dict(filtered) or 'none'}.")
+    read = [row for record in records for row in record["sources"]]
+    names = ("name", "start", "stop", "kept", "quarantined", "fingerprint")
+    manifest = Manifest(
         kind=kind,
-        settings=settings.model_dump(mode="json"),
-        selection=selection,
-        columns=describe(corpus.schema(settings)),
+        settings=request["settings"],
+        selection={"limit": request["limit"], "holdout": request["holdout"]},
+        columns=describe(schema),
         shards=shards,
-        units=Units(kept + len(bad) + sum(filtered.values()), kept, len(bad), filtered),
-        sources=_write_table(out, SOURCES, "part name start stop sha256", sources),
+        units=Units(kept + bad + filtered.total(), kept, bad, dict(filtered)),
+        sources=_write_table(read, names, storage.join(out, SOURCES)),
         context=survey.context,
     )
+    storage.remove_staged(out)
+    save_manifest(manifest, out)
 
 
-def _write_table(out: str, name: str, columns: str, rows: list[list[Any]]) -> str:
-    """Write rows as one Arrow file and return its digest. `part`, `start` and `stop` are numbers, the rest is text."""
-    numbers = {"part", "start", "stop"}
-    schema = pa.schema([(column, pa.int64() if column in numbers else pa.string()) for column in columns.split()])
-    arrays = [pa.array([row[place] for row in rows], field.type) for place, field in enumerate(schema)]
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema) as writer:
-        writer.write_table(pa.table(arrays, schema=schema))
-    data = sink.getvalue().to_pybytes()
-    storage.write_atomic(storage.join(out, name), data)
-    return storage.sha256_of_bytes(data)
+def _write_quarantine(records: list[Record], out: str) -> None:
+    # Its digest stays out of the manifest: a reason may quote a path or a library's version.
+    rows = [row for record in records for row in record["bad"]]
+    _write_table(rows, ("source", "unit", "reason"), storage.join(out, QUARANTINE))
+    if rows:
+        _tell(f"{len(rows)} units are quarantined in {storage.join(out, QUARANTINE)}; commonest: {_reasons(records)}")
 
 
-def _reasons(records: list[Record], most: int = 3) -> str:
-    return _commonest([reason for record in records for _, reason in record["bad"]], most)
+def _write_table(rows: list[list[Any]], names: Sequence[str], uri: str) -> str:
+    """Rows as one Arrow IPC file; its sha256."""
+    numbers = {"unit", "start", "stop", "kept", "quarantined"}
+    schema = pa.schema([(name, pa.int64() if name in numbers else pa.string()) for name in names])
+    columns = [pa.array([row[index] for row in rows], item.type) for index, item in enumerate(schema)]
+    with storage.writing(uri) as staged:
+        with pa.OSFile(str(staged), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+        return storage.sha256_of_file(staged)
 
 
-def _commonest(reasons: list[str], most: int = 3) -> str:
-    return ", ".join(f"{reason} ({count:,})" for reason, count in Counter(reasons).most_common(most))
+def _reasons(records: list[Record]) -> str:
+    counts = Counter(reason for record in records for _, _, reason in record["bad"])
+    return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
 
 
-def _too_bad(bad: int, units: int, allowed: float, out: str, newest: list[list[str]]) -> str:
-    example = f"; for example {newest[-1][0]}: {newest[-1][1]}" if newest else ""
+def _too_bad(records: list[Record], out: str) -> str:
+    bad = sum(len(record["bad"]) for record in records)
+    looked = bad + sum(shard["rows"] for record in records for shard in record["shards"])
     return (
-        f"{bad:,} of {units:,} units could not be read, more than --max-bad-fraction {allowed:g} allows"
-        f" (commonest in the last part: {_commonest([reason for _, reason in newest])}{example})."
-        f" Mend the source or raise the fraction; finished parts in {out} are kept."
+        f"{bad} of {looked} units looked at could not be read ({bad / looked:.1%}), more than max_bad_fraction allows: "
+        f"{_reasons(records)}. They are listed in {storage.join(out, QUARANTINE)}. "
+        "Mend the sources and use a new --out, or run this again with a larger --max-bad-fraction; what was made stays."
     )
 
 
-def _tell(manifest: Manifest, records: list[Record], out: str) -> None:
-    """Counts for a person, on standard error."""
+def _summary(manifest: Manifest) -> str:
     units = manifest.units
-    per_split = {split: sum(shard.splits[split] for shard in manifest.shards) for split in SPLITS}
-    rows = ", ".join(f"{split} {count:,}" for split, count in per_split.items())
-    print(f"ingest: {units.read:,} units read, {units.kept:,} kept ({rows})", file=sys.stderr)
-    if units.filtered:
-        left = ", ".join(f"{reason} ({count:,})" for reason, count in units.filtered.items())
-        print(f"ingest: filtered by {left}", file=sys.stderr)
-    if units.quarantined:
-        print(
-            f"ingest: {units.quarantined:,} quarantined: {_reasons(records)}; each with its reason in"
-            f" {storage.join(out, QUARANTINE)}",
-            file=sys.stderr,
-        )
+    left_out = "".join(f", {count} left out ({reason})" for reason, count in sorted(units.filtered.items()))
+    splits = ", ".join(f"{split} {manifest.rows(split)}" for split in SPLITS)
+    return f"{units.read} units: {units.kept} rows ({splits}), {units.quarantined} quarantined{left_out}"
 
 
-def _result(manifest: Manifest, out: str, skipped: bool) -> IngestResult:
-    units = manifest.units
-    return IngestResult(out, manifest.digest, units.kept, units.quarantined, units.filtered, skipped)
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The engine of ingest, encode, decode and evaluate: one Ray Data task a part, each leaving a record when it is done.
+"""The engine of ingest, encode and decode: one Ray Data task a part, each leaving a record when it is done.
 
 A record is the last thing a part writes, so an interrupted run redoes only the parts without one, and a part that is
 tried twice overwrites its own files with the same bytes.
@@ -7,113 +7,163 @@ tried twice overwrites its own files with the same bytes.
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import ray.data
+import ray
 from tqdm import tqdm
 
 from pipelines import cluster, storage
 from pipelines.errors import Failed, Refused
 
 Record = dict[str, Any]
-Work = Callable[[int, Any, dict[str, Any]], Record]
-"""(part number, its payload, config) -> record, all JSON values. A module-level function that writes its own files."""
+Work = Callable[..., Record]
+"""work(part number, payload), or work(part number, payload, state) where there is a setup. It writes its own files."""
 
 
 @dataclass(frozen=True)
 class Part:
+    """What one task is given, and how much it counts."""
+
     units: int
-    """What the progress bar counts: rows, files ..."""
+    """What the progress bar counts: files, rows ..."""
     payload: Any = None
-    """JSON value that only this part's task gets. What all share belongs into the config."""
+    """JSON value. What all parts share belongs into `work` (functools.partial)."""
 
 
 def run_parts(
-    parts: Mapping[int, Part],
+    parts: Sequence[Part],
     work: Work,
-    config: dict[str, Any],
+    out: str,
     *,
     label: str,
     unit: str,
-    out: str | None = None,
+    setup: Callable[[], Any] | None = None,
+    gpus: float = 0.0,
     check: Callable[[Record], None] | None = None,
 ) -> list[Record]:
-    """Do every part that has no record yet, and return all records in the order of their numbers.
+    """Do every part that has no record below `out`/parts yet; all records, in part order.
 
     Args:
-        parts: part number -> what it is.
-        out: directory that keeps the records under `parts/`; None keeps none and does every part.
-        check: sees each record as it arrives and may raise to stop the whole run.
+        work: a module-level function (or partial of one) returning a JSON record.
+        setup: makes what every part of a process shares (a loaded bundle). Parts then run in actors, which live on
+            between parts even with GPUs, where Ray would start a new process for every task.
+        gpus: per task.
+        check: sees every record, found or new, and may raise to stop the run.
 
     Raises:
-        Refused, Failed: as raised by `work`, with its message; what finished parts made is kept.
+        Refused, Failed: as raised by `work` or `setup`, with their own message. What finished parts made is kept.
     """
-    records = dict(_recorded(out, parts)) if out else {}
-    missing = [part for part in parts if part not in records]
+    records = _recorded(out, len(parts))
     for record in records.values():
         if check:
             check(record)
-    if not missing:
-        return [records[part] for part in parts]
-    cluster.connect()
-    cluster.require_free_cpu()
-    # Ray Data's own bars and log lines would tear ours apart.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    task = _Task(work, config, out)
-    todo = ray.data.from_items(
-        [{"part": part, "payload": json.dumps(parts[part].payload)} for part in missing],
-        override_num_blocks=min(len(missing), 10_000),
+    missing = [number for number in range(len(parts)) if number not in records]
+    if missing:
+        cluster.connect()
+        cluster.require_free_cpu()
+    bar = tqdm(
+        total=sum(part.units for part in parts),
+        initial=sum(parts[number].units for number in records),
+        desc=label,
+        unit=f" {unit}",
+        file=sys.stderr,
+        disable=not missing,
     )
-    total = sum(part.units for part in parts.values())
-    done = sum(parts[part].units for part in records)
-    with tqdm(total=total, initial=done, desc=label, unit=f" {unit}", file=sys.stderr) as bar:
-        for row in todo.map(task).iter_rows():
-            if row.get("error"):
-                raise {"Refused": Refused, "Failed": Failed}[row["error"]](row["record"])
-            record = json.loads(row["record"])
+    with bar:
+        for number, record in _finished({n: parts[n] for n in missing}, work, setup, gpus, out):
+            records[number] = record
+            bar.update(parts[number].units)
             if check:
                 check(record)
-            records[row["part"]] = record
-            bar.update(parts[row["part"]].units)
-    return [records[part] for part in parts]
+    return [records[number] for number in range(len(parts))]
+
+
+def record_uri(out: str, part: int) -> str:
+    return storage.join(out, "parts", f"part-{part:05d}.json")
 
 
 class _Task:
-    """One part on a worker. Our own errors travel as values: raised there, they would come back wrapped in Ray's."""
+    """One part on a worker. Our own errors travel as values: raised, they would come back in Ray's stack trace."""
 
-    def __init__(self, work: Work, config: dict[str, Any], out: str | None):
-        self.work, self.config, self.out = work, config, out
+    def __init__(self, work: Work, setup: Callable[[], Any] | None, out: str) -> None:
+        self.work, self.setup, self.out = work, setup, out
+        self.state: tuple[Any, ...] | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         part = int(row["part"])
         try:
-            record = self.work(part, json.loads(row["payload"]), self.config)
+            if self.state is None:
+                self.state = (self.setup(),) if self.setup else ()
+            record = self.work(part, json.loads(row["payload"]), *self.state)
         except (Refused, Failed) as error:
-            return {"part": part, "error": type(error).__name__, "record": str(error)}
-        if self.out:
-            storage.write_json_atomic(_home(self.out, part), record)
-        return {"part": part, "error": "", "record": json.dumps(record)}
+            return {"part": part, "error": type(error).__name__, "text": str(error)}
+        except Exception as error:
+            # A bug, or a library's own error. The driver raises it as Failed; the trace would be lost on the way.
+            told = [f"part {part} ended with {type(error).__name__}: {error}", traceback.format_exc()]
+            return {"part": part, "error": "other", "text": json.dumps(told)}
+        storage.write_json_atomic(record_uri(self.out, part), record)
+        return {"part": part, "error": "", "text": json.dumps(record)}
 
 
-def forget_records(out: str) -> None:
-    """Remove the records of a finished directory: its manifest says everything they said."""
-    storage.remove(storage.join(out, "parts"))
+def _finished(
+    todo: Mapping[int, Part], work: Work, setup: Callable[[], Any] | None, gpus: float, out: str
+) -> Iterator[tuple[int, Record]]:
+    """Records as their parts finish, in any order."""
+    if not todo:
+        return
+    import ray.data
+
+    items = [{"part": number, "payload": json.dumps(part.payload)} for number, part in todo.items()]
+    with _quiet():
+        # One block a part: a block is Ray Data's unit of scheduling and of retry.
+        blocks = ray.data.from_items(items, override_num_blocks=len(items))
+        resources = {"num_cpus": 1, "num_gpus": gpus or None}
+        if setup is None:
+            results = blocks.map(_Task(work, None, out), **resources)
+        else:
+            pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(len(items), max(1, cluster.cpus())))
+            results = blocks.map(_Task, fn_constructor_args=(work, setup, out), compute=pool, **resources)
+        try:
+            for row in results.iter_rows():
+                if row["error"]:
+                    raise _raised(row["error"], row["text"])
+                yield int(row["part"]), json.loads(row["text"])
+        except ray.exceptions.RayError as error:
+            # What kills a worker process: out of memory, a lost node, a segmentation fault.
+            raise Failed(f"a worker was lost: {error}. Finished parts are kept; run this again to go on.") from error
 
 
-def _home(out: str, part: int) -> str:
-    return storage.join(out, "parts", f"part-{part:05d}.json")
+def _raised(error: str, text: str) -> Refused | Failed:
+    if error != "other":
+        return Refused(text) if error == "Refused" else Failed(text)
+    line, trace = json.loads(text)
+    print(trace, file=sys.stderr)
+    return Failed(f"{line} (its trace is above). Finished parts are kept; run this again to go on.")
 
 
-def _recorded(out: str, parts: Iterable[int]) -> Iterator[tuple[int, Record]]:
+def _recorded(out: str, parts: int) -> dict[int, Record]:
     home = storage.join(out, "parts")
     if not storage.exists(home):
-        return
+        return {}
     known = {entry.name for entry in storage.list_files(home)}
-    for part in parts:
-        if f"part-{part:05d}.json" in known:
-            yield part, storage.read_json(_home(out, part))
+    uris = {number: record_uri(out, number) for number in range(parts)}
+    return {number: storage.read_json(uri) for number, uri in uris.items() if uri.rsplit("/", 1)[-1] in known}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray Data's own bars and log lines would tear ours apart."""
+    context = ray.data.DataContext.get_current()
+    log = logging.getLogger("ray.data")
+    before = context.enable_progress_bars, context.print_on_execution_start, log.level
+    context.enable_progress_bars, context.print_on_execution_start = False, False
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars, context.print_on_execution_start = before[:2]
+        log.setLevel(before[2])

@@ -175,39 +175,7 @@ def find(ref: str) -> Entry:
 def resolve(ref: str) -> tuple[str, int]:
     """(name, version) that a reference means."""
     entry = find(ref)
-<<<<<<< HEAD
-    registered = f"{entry.name}@v{entry.version}"
-    if not storage.is_local(out):
-        raise Refused(f"pull writes to a local directory; {out!r} is not one.")
-    target = Path(storage.normalise(out))
-    if target.exists() and any(target.iterdir()):
-        if (target / "card.json").exists() and _verified(target).digest == entry.digest:
-            return Pulled(str(target), entry.digest, registered, skipped=True)
-        raise Refused(f"{target} holds something else than {registered}; give an empty --out.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pull-") as scratch:
-        fetched = tracking.download(_source(entry), Path(scratch))
-        try:
-            digest = read_bundle(fetched).digest
-        except BundleError as trouble:
-            raise Failed(f"{registered} in the registry's store is not a whole bundle: {trouble}") from None
-        if digest != entry.digest:
-            raise Failed(
-                f"{registered} was published as {entry.digest[:16]}..., and the store now holds {digest[:16]}...:"
-                " it was replaced after publication, so it was not taken."
-            )
-        if target.exists():
-            target.rmdir()
-        shutil.move(str(fetched), target)
-    return Pulled(str(target), entry.digest, registered, skipped=False)
-=======
     return entry.name, entry.version
->>>>>>> part-bundle
-
-
-def _source(entry: Entry) -> str:
-    """Where the version's files lie. Asked of the client, since models:/ addresses go to a global registry setting."""
-    return str(tracking.client().get_model_version_download_uri(entry.name, str(entry.version)))
 
 
 def promote(ref: str, alias: str) -> Promoted:

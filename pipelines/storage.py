@@ -214,6 +214,13 @@ def remove(uri: str) -> None:
             Path(uri).unlink(missing_ok=True)
 
 
+def remove_staged(uri: str) -> None:
+    """Delete what killed writers left directly in a local directory; nothing may be writing there."""
+    if is_local(uri):
+        for path in Path(normalise(uri)).glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+
 def canonical_json(value: Any) -> bytes:
     """One spelling per value: sorted keys, no spaces, ASCII, no NaN. What digests are taken of."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -63,3 +63,21 @@ def bucket(s3_server: str) -> str:
     name = f"vqray-{uuid.uuid4().hex[:12]}"
     boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket=name)
     return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def ray_instance(s3_server: str) -> Iterator[None]:
+    """One local Ray for all tests that need it; its workers know the S3 server."""
+    import ray
+
+    # Logical CPUs: more than there are, so that tests which hold one do not starve the others.
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=300 * 2**20,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()

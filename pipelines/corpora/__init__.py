@@ -69,16 +69,26 @@ class Bad:
 
 
 @dataclass(frozen=True)
+class Filtered:
+    """A unit that was read and left out because a named setting says so (`max_atoms`, `min_length`)."""
+
+    setting: str
+
+
+@dataclass(frozen=True)
 class Corpus:
     """One corpus kind. All callables are module-level functions."""
 
     Settings: type[CorpusSettings]
     survey: Callable[[list[str], Any], Survey]
     """(source URIs, settings) -> Survey; Refused where a URI is missing or holds nothing of this kind."""
-    read: Callable[[Slice, Mapping[str, Any], Any, Callable[[int], bool]], Iterator[tuple[int, Row | Bad, bytes]]]
+    read: Callable[
+        [Slice, Mapping[str, Any], Any, Callable[[int], bool]], Iterator[tuple[int, Row | Bad | Filtered, bytes]]
+    ]
     """(slice, survey context, settings, wanted) -> (unit, row or reason, fingerprint of its bytes) for wanted units.
 
-    `unit` counts from slice.start; `wanted(unit)` is False for units left out by --limit: they are not decoded."""
+    `unit` counts from slice.start; `wanted(unit)` is False for units left out by --limit: they are not decoded.
+    Every wanted unit is yielded once, in rising order: an ingest fails where one is missing."""
     schema: Callable[[Any], pa.Schema]
     """settings -> Arrow fields of the rows, without the platform's own row_id and split."""
     shapes: Callable[[Any], dict[str, list[int] | None]]

@@ -1,0 +1,183 @@
+"""One part of an ingest, on a worker: read its units, write its shards, account for every one."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.corpora import Bad, Corpus, CorpusSettings, Filtered, Row, Slice
+from pipelines.errors import Failed
+from pipelines.manifest import SPLITS
+from pipelines.parts import Record
+from pipelines.shards import ShardWriter, batch_of, split_of
+
+BATCH_ROWS = 1024
+BATCH_BYTES = 16 * 2**20
+REASON_CHARS = 500
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which units are taken, and which split their rows go to."""
+
+    units: int
+    """Of the whole corpus."""
+    limit: int | None
+    holdout: float
+
+    def wanted(self, unit: int) -> bool:
+        """Whether unit `unit` of all is taken: `limit` of them, spread evenly."""
+        return self.wanted_before(unit + 1) > self.wanted_before(unit)
+
+    def wanted_before(self, unit: int) -> int:
+        """How many of the units [0, unit) are taken."""
+        if self.limit is None or self.limit >= self.units:
+            return unit
+        # Unit g is taken iff (g N) // T differs from ((g - 1) N) // T: of the first `unit`, so many.
+        return (unit - 1) * self.limit // self.units + 1 if unit else 0
+
+
+def read_part(
+    corpus: Corpus,
+    settings: CorpusSettings,
+    context: Mapping[str, Any],
+    selection: Selection,
+    out: str,
+    part: int,
+    payload: list[Any],
+) -> Record:
+    """Read the slices of one part ([number of the first unit, slice fields] each) and write its shards to `out`.
+
+    Returns:
+        shards; bad: [source, unit, reason]; filtered: setting -> count; sources: [name, start, stop, kept, quarantined,
+        fingerprint of all units' fingerprints].
+    """
+    account = _Account()
+    schema = corpus.schema(settings)
+    with ShardWriter(out, part, schema) as writer:
+        for first, fields in payload:
+            piece = Slice(**fields)
+            account.open(piece)
+            units = _units(corpus, settings, context, selection, first, piece, account)
+            for some in _grouped(units):
+                batch, good = _fitting(some, schema, piece, account)
+                splits = np.array([SPLITS.index(_split(row, selection.holdout, piece)) for row in good], np.int8)
+                writer.write(batch, splits)
+                account.kept += len(good)
+            account.close(piece)
+    return {
+        "shards": [asdict(record) for record in writer.records],
+        "bad": account.bad,
+        "filtered": dict(account.filtered),
+        "sources": account.sources,
+    }
+
+
+class _Account:
+    """What became of the units of a part, slice by slice."""
+
+    def __init__(self) -> None:
+        self.bad: list[list[Any]] = []
+        self.filtered: Counter[str] = Counter()
+        self.sources: list[list[Any]] = []
+
+    def open(self, piece: Slice) -> None:
+        self.kept = 0
+        self.bad_before = len(self.bad)
+        self.hash = hashlib.blake2b(digest_size=16)
+
+    def close(self, piece: Slice) -> None:
+        name, quarantined = _text(piece.name), len(self.bad) - self.bad_before
+        self.sources.append([name, piece.start, piece.stop, self.kept, quarantined, self.hash.hexdigest()])
+
+    def quarantine(self, source: str, unit: int, reason: str) -> None:
+        self.bad.append([_text(source), unit, _text(reason)[:REASON_CHARS]])
+
+
+def _units(
+    corpus: Corpus,
+    settings: CorpusSettings,
+    context: Mapping[str, Any],
+    selection: Selection,
+    first: int,
+    piece: Slice,
+    account: _Account,
+) -> Iterator[tuple[int, Row]]:
+    """The good units of a slice; the others are accounted for here, and so is every unit that did not come."""
+    count = piece.stop - piece.start
+    expected = selection.wanted_before(first + count) - selection.wanted_before(first)
+    last, came = -1, 0
+    for unit, found, fingerprint in corpus.read(piece, context, settings, lambda unit: selection.wanted(first + unit)):
+        if not last < unit < count or not selection.wanted(first + unit):
+            raise Failed(
+                f"{piece.name}: its corpus gave unit {unit} after {last} of {count}; it was not asked for there."
+            )
+        last, came = unit, came + 1
+        account.hash.update(b"%d %d " % (unit, len(fingerprint)) + fingerprint)
+        if isinstance(found, Bad):
+            account.quarantine(found.source, piece.start + unit, found.reason)
+        elif isinstance(found, Filtered):
+            account.filtered[found.setting] += 1
+        else:
+            yield unit, found
+    if came != expected:
+        raise Failed(f"{piece.name}: its corpus gave {came} of {expected} units without saying why; none may vanish.")
+    if count > expected:
+        account.filtered["limit"] += count - expected
+
+
+def _grouped(units: Iterable[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
+    """Groups of rows that are worth a record batch and fit into memory."""
+    waiting: list[tuple[int, Row]] = []
+    size = 0
+    for unit, row in units:
+        waiting.append((unit, row))
+        size += sum(_weight(value) for value in row.values.values())
+        if len(waiting) == BATCH_ROWS or size >= BATCH_BYTES:
+            yield waiting
+            waiting, size = [], 0
+    if waiting:
+        yield waiting
+
+
+def _weight(value: Any) -> int:
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    return len(value) if isinstance(value, bytes | str) else 8
+
+
+def _fitting(
+    rows: list[tuple[int, Row]], schema: pa.Schema, piece: Slice, account: _Account
+) -> tuple[pa.RecordBatch, list[Row]]:
+    """The rows whose values fit their columns. Others are quarantined: data must not be able to kill a job."""
+    good = [row for _, row in rows]
+    try:
+        return batch_of([row.values for row in good], schema), good
+    except Failed:
+        good = [row for unit, row in rows if _fits(row, schema, piece, unit, account)]
+    return batch_of([row.values for row in good], schema), good
+
+
+def _fits(row: Row, schema: pa.Schema, piece: Slice, unit: int, account: _Account) -> bool:
+    try:
+        batch_of([row.values], schema)
+    except Failed as error:
+        account.quarantine(piece.name, piece.start + unit, str(error))
+        return False
+    return True
+
+
+def _split(row: Row, holdout: float, piece: Slice) -> str:
+    if row.split is None:
+        return split_of(row.group, holdout)
+    if row.split not in SPLITS:
+        raise Failed(f"{piece.name}: its corpus gave the split {row.split!r}; allowed: {', '.join(SPLITS)} or None.")
+    return row.split
+
+
+def _text(value: str) -> str:
+    return value.encode("utf-8", "backslashreplace").decode()

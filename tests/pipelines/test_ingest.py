@@ -1,0 +1,301 @@
+"""Ingest: every unit is accounted for, any interruption ends in the same digest, nothing else shares an --out."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from pipelines import corpora, ingest, storage
+from pipelines.errors import Failed, Refused
+from pipelines.ingest import IngestResult
+from pipelines.manifest import load_manifest
+from pipelines.reading import Selection, read_part
+from pipelines.shards import ShardReader, split_of, to_tensor
+from tests.pipelines.tiny_corpus import TinySettings, corpus
+
+FILES = 6
+LINES = 50
+
+pytestmark = pytest.mark.usefixtures("ray_instance")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' corpus under the name `tiny`, and parts of one file each."""
+    monkeypatch.setattr(corpora, "load", lambda kind: {"tiny": corpus}[kind])
+    monkeypatch.setattr(ingest, "LEAST_PART_BYTES", 1)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    for file in range(FILES):
+        lines = [f"group{file}-{n // 2} {n}" for n in range(LINES)]
+        storage.write_atomic(str(tmp_path / f"source/{'ab'[file % 2]}/{file}.txt"), "\n".join(lines).encode())
+    return tmp_path / "source"
+
+
+def run(source: Path, out: object, settings: TinySettings | None = None, **rest) -> IngestResult:
+    return ingest.ingest("tiny", [str(source)], str(out), settings=settings or TinySettings(), **rest)
+
+
+def quarantined(out: Path) -> list[tuple[str, int, str]]:
+    rows = pa.ipc.open_file(str(out / "quarantine.arrow")).read_all().to_pylist()
+    return [(row["source"], row["unit"], row["reason"]) for row in rows]
+
+
+def test_rows_keep_source_order_and_groups_stay_in_one_split(source: Path, tmp_path: Path) -> None:
+    done = run(source, tmp_path / "out")
+    assert (done.rows, done.quarantined, done.filtered, done.skipped) == (FILES * LINES, 0, {}, False)
+    reader = ShardReader(str(tmp_path / "out"))
+    assert reader.manifest.digest == done.digest
+    taken = reader.take("all", np.arange(done.rows))
+    in_order = [f"group{file}-{n // 2}" for file in (0, 2, 4, 1, 3, 5) for n in range(LINES)]
+    assert taken.column("text").to_pylist() == in_order
+    assert np.array_equal(to_tensor(taken.column("vector"))[:, 1, 1].numpy(), np.tile(np.arange(LINES), FILES))
+    splits = [("train", "valid", "test")[split] for split in taken.column("split").to_pylist()]
+    assert splits == [split_of(group, 0.1) for group in in_order]
+    assert len(set(taken.column("row_id").to_pylist())) == done.rows
+    assert reader.manifest.context == {"letters": ["a", "b"]}
+    names = pa.ipc.open_file(str(tmp_path / "out/sources.arrow")).read_all().column("name").to_pylist()
+    assert names == ["a/0.txt", "a/2.txt", "a/4.txt", "b/1.txt", "b/3.txt", "b/5.txt"]
+
+
+def test_running_again_is_a_no_op_that_says_so(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    first = run(source, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    again = run(source, tmp_path / "out", max_bad_fraction=0.5)
+    assert (again.skipped, again.digest, again.rows) == (True, first.digest, first.rows)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+    assert "already finished: 300 rows, nothing to do" in capsys.readouterr().err
+
+
+def test_the_digest_depends_on_content_and_not_on_place_or_on_the_order_of_parts(source: Path, tmp_path: Path) -> None:
+    first = run(source, tmp_path / "one")
+    moved = source.rename(tmp_path / "moved")
+    assert run(moved, tmp_path / "deep/er/two").digest == first.digest
+    # Reference without Ray: the same parts, last one first, in this process.
+    survey = corpus.survey([str(moved)], TinySettings())
+    parts = ingest._cut(survey.slices)
+    selection = Selection(FILES * LINES, None, 0.1)
+    shards = []
+    for number in reversed(range(len(parts))):
+        payload = parts[number].payload
+        record = read_part(corpus, TinySettings(), survey.context, selection, str(tmp_path / "solo"), number, payload)
+        shards = record["shards"] + shards
+    assert [shard["sha256"] for shard in shards] == [
+        shard.sha256 for shard in load_manifest(str(tmp_path / "one")).shards
+    ]
+    (moved / "a/0.txt").write_text((moved / "a/0.txt").read_text().replace(" 7\n", " 8\n"))
+    assert run(moved, tmp_path / "three").digest != first.digest
+
+
+def test_an_interrupted_ingest_redoes_only_what_is_missing(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "diary").mkdir()
+    settings = TinySettings(diary=str(tmp_path / "diary"))
+    out = tmp_path / "out"
+    first = run(source, out, settings)
+    assert len(list((tmp_path / "diary").iterdir())) == FILES
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.arrow") if "shard-00001" in path.name}
+    (out / "manifest.json").unlink()
+    for part in (0, 4):
+        (out / f"parts/part-0000{part}.json").unlink()
+    (out / "shard-00004-000.arrow").write_bytes(b"half")
+    (out / ".shard-00000-000.arrow.0123.tmp").write_bytes(b"left by a kill")
+    with pytest.raises(Refused, match="rerun the command that began it"):
+        load_manifest(str(out))
+    second = run(source, out, settings)
+    assert (second.digest, second.skipped) == (first.digest, False)
+    assert len(list((tmp_path / "diary").iterdir())) == FILES + 2
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
+    assert list(out.glob(".*")) == []
+    ShardReader(str(out)).take("all", np.arange(first.rows))
+
+
+@pytest.mark.slow
+def test_a_killed_driver_is_resumed_to_the_same_digest(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "diary").mkdir()
+    script = """
+        import sys, ray
+        from pipelines import corpora, ingest
+        from tests.pipelines.tiny_corpus import TinySettings, corpus
+        corpora.load = lambda kind: corpus
+        ingest.LEAST_PART_BYTES = 1
+        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
+        settings = TinySettings(diary=sys.argv[3], pause=float(sys.argv[4]))
+        ingest.ingest("tiny", [sys.argv[1]], sys.argv[2], settings=settings)
+    """
+    settings = TinySettings(diary=str(tmp_path / "diary"), pause=0.3)
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", textwrap.dedent(script), str(source), str(out), settings.diary, "0.3"]
+    root = str(Path(__file__).parents[2])
+    with open(tmp_path / "log", "wb") as log:
+        driver = subprocess.Popen(command, cwd=root, stdout=log, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(list((out / "parts").glob("part-*.json"))) < 2:
+        assert driver.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert not (out / "manifest.json").exists()
+    started = len(list((tmp_path / "diary").iterdir()))
+    time.sleep(1)  # Ray's processes die with their driver; what they were writing stays half done.
+    done = set((out / "parts").glob("part-*.json"))
+    assert 2 <= len(done) < FILES
+    started = max(started, len(list((tmp_path / "diary").iterdir())))
+    resumed = run(source, out, settings)
+    assert len(list((tmp_path / "diary").iterdir())) - started == FILES - len(done)
+    clean = run(source, tmp_path / "clean", settings)
+    assert (resumed.digest, resumed.rows) == (clean.digest, FILES * LINES)
+
+
+def test_bad_units_are_quarantined_and_all_units_are_accounted_for(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with (source / "a/0.txt").open("a") as file:
+        file.write("\none\na b c\ng 1" + "0" * 40)
+    (source / "notes.md").write_text("not a unit")
+    settings = TinySettings(most=10**41)
+    done = run(source, tmp_path / "out", settings)
+    assert (done.rows, done.quarantined, done.filtered) == (300, 3, {"other files": 1})
+    found = quarantined(tmp_path / "out")
+    assert found[:2] == [("a/0.txt", 50, "1 words instead of 2"), ("a/0.txt", 51, "3 words instead of 2")]
+    assert found[2][:2] == ("a/0.txt", 52)
+    assert "column 'vector'" in found[2][2]
+    units = load_manifest(str(tmp_path / "out")).units
+    assert (units.read, units.kept, units.quarantined) == (304, 300, 3)
+    log = capsys.readouterr().err
+    assert f"3 units are quarantined in {tmp_path}/out/quarantine.arrow" in log
+    assert "1 x 1 words instead of 2" in log
+    assert "304 units: 300 rows" in log
+
+
+def test_named_settings_filter_and_are_counted(source: Path, tmp_path: Path) -> None:
+    done = run(source, tmp_path / "out", TinySettings(most=39), limit=100)
+    taken = ShardReader(str(tmp_path / "out")).take("all", np.arange(done.rows))
+    assert done.filtered["limit"] == 200
+    assert done.filtered["most"] + done.rows == 100
+    assert to_tensor(taken.column("vector")).max() <= 39
+
+
+def test_too_many_bad_units_fail_with_count_share_and_reasons_and_can_be_allowed(source: Path, tmp_path: Path) -> None:
+    with (source / "b/5.txt").open("a") as file:
+        file.write("\nx" * 60 + "\nx y z" * 40)
+    out = tmp_path / "out"
+    with pytest.raises(Failed, match=r"100 of \d+ units .*60 x 1 words instead of 2; 40 x 3 words") as failure:
+        run(source, out)
+    assert f"{out}/quarantine.arrow" in str(failure.value)
+    assert len(quarantined(out)) == 100
+    assert not (out / "manifest.json").exists()
+    done = run(source, out, max_bad_fraction=0.25)
+    assert (done.rows, done.quarantined) == (300, 100)
+    with pytest.raises(Failed, match=r"100 of 400 units looked at could not be read \(25\.0%\)"):
+        run(source, tmp_path / "other", max_bad_fraction=0.2499)
+
+
+def test_nothing_kept_is_a_failure_that_says_why(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(Failed, match=r"not one row was kept: 0 units were bad, and left out were {'most': 300}"):
+        run(source, tmp_path / "out", TinySettings(most=-1))
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("vanish", r"a/0\.txt: .* 50 of 51 units"), ("crash", "part 0 ended with ZeroDivisionError: a bug in the corpus")],
+)
+def test_a_bug_in_a_corpus_is_a_failure_that_names_it(line: str, words: str, source: Path, tmp_path: Path) -> None:
+    with (source / "a/0.txt").open("a") as file:
+        file.write(f"\n{line}")
+    with pytest.raises(Failed, match=words):
+        run(source, tmp_path / "out")
+
+
+def test_the_same_out_is_refused_to_other_requests_naming_the_difference(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    for change, words in [
+        ({"settings": TinySettings(scale=2.0)}, "settings.scale was 1.0, now 2.0"),
+        ({"limit": 5}, "limit was None, now 5"),
+        ({"holdout": 0.2}, "holdout was 0.1, now 0.2"),
+    ]:
+        with pytest.raises(Refused, match=words):
+            run(source, out, **change)
+    storage.write_atomic(str(source / "a/new.txt"), b"g 1")
+    with pytest.raises(Refused, match=r"sources\.names was 6, now 7"):
+        run(source, out)
+
+
+def test_requests_that_make_no_sense_are_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for change, words in [
+        ({"limit": 0}, "limit=0"),
+        ({"max_bad_fraction": 1.5}, "max_bad_fraction=1.5"),
+        ({"holdout": 0.5}, "holdout=0.5"),
+    ]:
+        with pytest.raises(Refused, match=words):
+            run(source, out, **change)
+    with pytest.raises(Refused, match="gone: it does not exist"):
+        run(tmp_path / "gone", out)
+    with pytest.raises(Refused, match="lies inside the source"):
+        run(source, source / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Refused, match="nothing of the kind 'tiny'"):
+        run(tmp_path / "empty", out)
+    assert not out.exists()
+    storage.write_atomic(str(out / "thesis.tex"), b"")
+    with pytest.raises(Refused, match="holds other files"):
+        run(source, out)
+
+
+@pytest.mark.parametrize(("units", "limit"), [(1, 1), (7, 3), (300, 7), (100, 99), (10, 10), (10, 50), (97, None)])
+def test_a_limit_takes_units_spread_evenly(units: int, limit: int | None) -> None:
+    selection = Selection(units, limit, 0.1)
+    taken = [g for g in range(units) if selection.wanted(g)]
+    if limit is None or limit >= units:
+        assert taken == list(range(units))
+    else:
+        assert taken == [g for g in range(units) if (g * limit) // units != ((g - 1) * limit) // units]
+        assert len(taken) == limit
+        assert set(np.diff(taken)) <= {units // limit, -(-units // limit)}
+    assert [selection.wanted_before(g) for g in range(units + 1)] == [
+        sum(t < g for t in taken) for g in range(units + 1)
+    ]
+
+
+def test_parts_are_runs_of_slices_and_hold_every_unit_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest, "MOST_PART_SLICES", 3)
+    monkeypatch.setattr(ingest, "LEAST_PART_BYTES", 100)
+    slices = [corpora.Slice(f"/{n}", str(n), 0, n + 1, size) for n, size in enumerate([10, 200, 50, 50, 1, 1, 1, 1])]
+    parts = ingest._cut(slices)
+    assert [[fields["name"] for _, fields in part.payload] for part in parts] == [
+        ["0"],
+        ["1"],
+        ["2", "3"],
+        ["4", "5", "6"],
+        ["7"],
+    ]
+    assert [first for part in parts for first, _ in part.payload] == [0, 1, 3, 6, 10, 15, 21, 28]
+    assert [part.units for part in parts] == [1, 2, 7, 18, 8]
+
+
+def test_from_s3_to_s3_with_a_parquet_export(source: Path, bucket: str, tmp_path: Path) -> None:
+    for entry in storage.list_files(str(source)):
+        storage.upload(entry.uri, f"{bucket}/raw/{entry.name}")
+    local = run(source, tmp_path / "out")
+    done = ingest.ingest("tiny", [f"{bucket}/raw"], f"{bucket}/out", settings=TinySettings(), parquet=True)
+    assert done.digest == local.digest
+    assert ShardReader(f"{bucket}/out").take("valid", np.arange(3)).num_rows == 3
+    again = ingest.ingest("tiny", [f"{bucket}/raw"], f"{bucket}/out", settings=TinySettings(), parquet=True)
+    assert again.skipped
+    exported = [entry for entry in storage.list_files(f"{bucket}/out/parquet") if entry.name.endswith(".parquet")]
+    tables = [parquet.read_table(str(storage.local_copy(entry.uri))) for entry in exported]
+    whole = ShardReader(str(tmp_path / "out")).take("all", np.arange(done.rows))
+    assert pa.concat_tables(tables).to_pylist() == pa.Table.from_batches([whole]).to_pylist()
