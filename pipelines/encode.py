@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,20 @@ import pyarrow as pa
 import torch
 
 from pipelines import corpora, registry, storage, trained
+from pipelines.claims import claim
 from pipelines.errors import Failed, Refused
+from pipelines.export import export_parquet
 from pipelines.feed import as_seen, to_batch
 from pipelines.manifest import Manifest, ShardRecord, Units, describe, is_finished, load_manifest, save_manifest
-from pipelines.options import differences
-from pipelines.parts import Part, Record, forget_records, run_parts
+from pipelines.parts import Part, Record, run_parts
 from pipelines.recipe import Batch
-from pipelines.shards import ShardReader, ShardWriter, export_parquet, tensor_array, values_of
+from pipelines.shards import ShardReader, ShardWriter, tensor_array, values_of
 from pipelines.trained import Trained
 
 CODES = "codes"
 """The kind of a manifest whose rows are codes."""
 ROWS_AT_ONCE = 128
+REQUEST = "request.json"
 PLATFORM_NAMES = ("row_id", "split")
 
 
@@ -52,11 +55,11 @@ def encode(bundle: str, shards: str, out: str, *, split: str = "all", parquet: b
     out, directory = storage.normalise(out), registry.local_bundle(bundle)
     model, reader = opened_for(directory, shards, split)
     request = {"bundle": model.digest, "shards": reader.manifest.digest, "split": split}
-    if done := claim(out, request, "codes"):
+    if done := finished(out, request, "codes"):
         return Made(out, done.digest, done.rows(), skipped=True)
-    config = {"bundle": str(directory), "shards": reader.uri, "split": split, "out": out}
-    parts = shard_parts(reader, split)
-    records = run_parts(parts, _encode_shard, config, label="encode", unit="rows", out=out)
+    work = partial(_encode_shard, reader.uri, split, out)
+    setup = partial(trained.open_trained, directory)
+    records = run_parts(shard_parts(reader, split), work, out, label="encode", unit="rows", setup=setup)
     context = {"corpus": {"kind": reader.manifest.kind, "settings": reader.manifest.settings}}
     parents = {"bundle": model.digest, "shards": reader.manifest.digest}
     made = _finish(
@@ -85,12 +88,12 @@ def decode(bundle: str, codes: str, out: str, *, files: bool = False) -> Made:
             f" {model.digest[:16]}...: its codebook means something else. Decode with the bundle that encoded."
         )
     request = {"bundle": model.digest, "codes": manifest.digest, "files": files}
-    if done := claim(out, request, "decoded rows"):
+    if done := finished(out, request, "decoded rows"):
         return Made(out, done.digest, done.rows(), skipped=True)
-    config = {"bundle": str(directory), "shards": reader.uri, "split": "all", "out": out, "files": files}
-    config["corpus"] = manifest.context["corpus"]
-    records = run_parts(shard_parts(reader, "all"), _decode_shard, config, label="decode", unit="rows", out=out)
     corpus = manifest.context["corpus"]
+    work = partial(_decode_shard, reader.uri, corpus, out, files)
+    setup = partial(trained.open_trained, directory)
+    records = run_parts(shard_parts(reader, "all"), work, out, label="decode", unit="rows", setup=setup)
     parents = {"bundle": model.digest, "codes": manifest.digest}
     kind = f"{corpus['kind']} files" if files else corpus["kind"]
     return _finish(out, kind, corpus["settings"], manifest.selection, {}, parents, manifest, records)
@@ -106,34 +109,15 @@ def opened_for(directory: Path, shards: str, split: str) -> tuple[Trained, Shard
     return model, reader
 
 
-def shard_parts(reader: ShardReader, split: str) -> dict[int, Part]:
-    """One part for every shard that holds rows of the split."""
-    rows = [shard.rows if split == "all" else shard.splits[split] for shard in reader.manifest.shards]
-    return {number: Part(count) for number, count in enumerate(rows) if count}
+def shard_parts(reader: ShardReader, split: str) -> list[Part]:
+    """One part for every shard, also where it holds no row of the split."""
+    return [Part(shard.rows if split == "all" else shard.splits[split]) for shard in reader.manifest.shards]
 
 
-def claim(out: str, request: dict[str, Any], what: str) -> Manifest | None:
-    """Make `out` this request's; its manifest where it is finished already, Refused where it is another's."""
-    home = storage.join(out, "request.json")
-    if not storage.exists(home):
-        if storage.exists(out) and storage.list_files(out):
-            raise Refused(f"{out} holds other files; give an --out that is empty or does not exist.")
-        storage.write_json_atomic(home, request)
-        return None
-    if different := differences(storage.read_json(home), request):
-        raise Refused(f"{out} holds other {what} ({'; '.join(different)}). Choose another --out.")
+def finished(out: str, request: dict[str, Any], what: str) -> Manifest | None:
+    """Claim `out`; its manifest where it is finished already."""
+    claim(out, REQUEST, request, what)
     return load_manifest(out) if is_finished(out) else None
-
-
-_OPENED: dict[str, Trained] = {}
-
-
-def opened(directory: str) -> Trained:
-    """The bundle, loaded once per worker process: a bundle directory never changes."""
-    if directory not in _OPENED:
-        _OPENED.clear()
-        _OPENED[directory] = trained.open_trained(Path(directory))
-    return _OPENED[directory]
 
 
 def seen_batches(reader: ShardReader, shard: int, split: str) -> Iterator[tuple[Batch, int, dict[str, Any]]]:
@@ -147,12 +131,11 @@ def seen_batches(reader: ShardReader, shard: int, split: str) -> Iterator[tuple[
         yield batch, lost, values_of(rows)
 
 
-def _encode_shard(shard: int, payload: None, config: dict[str, Any]) -> Record:
-    model = opened(config["bundle"])
-    reader = ShardReader(config["shards"])
+def _encode_shard(shards: str, split: str, out: str, shard: int, payload: None, model: Trained) -> Record:
+    reader = ShardReader(shards)
     kind = smallest_integer(max(size for size, _ in model.recipe.codebooks(model.settings)))
     writer: ShardWriter | None = None
-    for batch, lost, stored in seen_batches(reader, shard, config["split"]):
+    for batch, lost, stored in seen_batches(reader, shard, split):
         if lost:
             name = reader.manifest.shards[shard].name
             raise Failed(f"{lost} rows of {name} hold values that are not finite, so they have no codes.")
@@ -160,29 +143,30 @@ def _encode_shard(shard: int, payload: None, config: dict[str, Any]) -> Record:
             codes = model.recipe.encode(model.model, batch)
         field = pa.field("codes", pa.fixed_shape_tensor(kind, list(codes.shape[1:])))
         schema = pa.schema([field], metadata={"bundle_digest": model.digest})
-        writer = writer or ShardWriter(config["out"], shard, schema)
+        writer = writer or ShardWriter(out, shard, schema)
         column = tensor_array(codes.cpu().numpy().astype(kind.to_pandas_dtype()), field.type)
         writer.write(pa.RecordBatch.from_arrays([column], schema=schema), stored["split"], stored["row_id"])
     return {"shards": [asdict(record) for record in writer.close()] if writer else []}
 
 
-def _decode_shard(shard: int, payload: None, config: dict[str, Any]) -> Record:
-    model = opened(config["bundle"])
-    reader = ShardReader(config["shards"])
-    corpus = corpora.load(config["corpus"]["kind"])
-    settings = corpus.Settings.model_validate(config["corpus"]["settings"])
+def _decode_shard(
+    codes: str, made_from: dict[str, Any], out: str, files: bool, shard: int, payload: None, model: Trained
+) -> Record:
+    reader = ShardReader(codes)
+    corpus = corpora.load(made_from["kind"])
+    settings = corpus.Settings.model_validate(made_from["settings"])
     writer: ShardWriter | None = None
     for rows in reader.batches(shard, ROWS_AT_ONCE):
         stored = values_of(rows)
         with torch.inference_mode():
             columns = model.recipe.decode(model.model, torch.from_numpy(stored["codes"].astype(np.int64)))
-        if config["files"]:
-            corpus.write_files(columns, [str(row) for row in stored["row_id"]], config["out"], settings)
+        if files:
+            corpus.write_files(columns, [str(row) for row in stored["row_id"]], out, settings)
             continue
         arrays = {name: column.cpu().numpy() for name, column in columns.items()}
         types = {n: pa.fixed_shape_tensor(pa.from_numpy_dtype(a.dtype), list(a.shape[1:])) for n, a in arrays.items()}
         schema = pa.schema(list(types.items()))
-        writer = writer or ShardWriter(config["out"], shard, schema)
+        writer = writer or ShardWriter(out, shard, schema)
         made = [tensor_array(array, types[name]) for name, array in arrays.items()]
         writer.write(pa.RecordBatch.from_arrays(made, schema=schema), stored["split"], stored["row_id"])
     return {"shards": [asdict(record) for record in writer.close()] if writer else []}
@@ -207,5 +191,4 @@ def _finish(
             columns = describe(pa.schema([f for f in pa.ipc.open_file(file).schema if f.name not in PLATFORM_NAMES]))
     manifest = Manifest(kind, settings, selection, columns, shards, Units(rows, rows, 0, {}), "", parents, context)
     save_manifest(manifest, out)
-    forget_records(out)
     return Made(out, manifest.digest, rows, skipped=False)

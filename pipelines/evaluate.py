@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines import registry, storage
-from pipelines.encode import opened, opened_for, seen_batches, shard_parts
-from pipelines.errors import Refused
+from pipelines import registry, storage, trained
+from pipelines.claims import claim
+from pipelines.encode import REQUEST, opened_for, seen_batches, shard_parts
 from pipelines.feed import read_columns, to_batch
-from pipelines.options import differences
 from pipelines.parts import run_parts
 from pipelines.pictures import usage_plot
 from pipelines.shards import ShardReader
@@ -44,39 +44,38 @@ def evaluate(bundle: str, shards: str, out: str, split: str = "test") -> Evaluat
     out, directory = storage.normalise(out), registry.local_bundle(bundle)
     model, reader = opened_for(directory, shards, split)
     request = {"bundle": model.digest, "shards": reader.manifest.digest, "split": split}
+    claim(out, REQUEST, request, "an evaluation")
     home = storage.join(out, "metrics.json")
     if storage.exists(home):
         record = storage.read_json(home)
-        if different := differences(record["request"], request):
-            raise Refused(f"{out} holds another evaluation ({'; '.join(different)}); choose another --out.")
         pictures = [storage.join(out, name) for name in record["pictures"]]
         return Evaluation(out, model.digest, int(record["metrics"]["rows"]), record["metrics"], pictures, True)
-    sums = _sums_over(directory, reader, split)
+    sums = _sums_over(directory, reader, split, out)
     found = {**_shared_metrics(model, sums), **model.recipe.summarise(sums)}
     names = _draw(model, reader, split, sums["counts"], out)
-    storage.write_json_atomic(home, {"request": request, "metrics": found, "pictures": names})
+    storage.write_json_atomic(home, {"metrics": found, "pictures": names})
     return Evaluation(
         out, model.digest, int(found["rows"]), found, [storage.join(out, name) for name in names], skipped=False
     )
 
 
-def _sums_over(directory: Path, reader: ShardReader, split: str) -> dict[str, Tensor]:
-    config = {"bundle": str(directory), "shards": reader.uri, "split": split}
+def _sums_over(directory: Path, reader: ShardReader, split: str, out: str) -> dict[str, Tensor]:
     totals: dict[str, Tensor] = {}
-    for record in run_parts(shard_parts(reader, split), _measure_shard, config, label="evaluate", unit="rows"):
+    work = partial(_measure_shard, reader.uri, split)
+    setup = partial(trained.open_trained, directory)
+    for record in run_parts(shard_parts(reader, split), work, out, label="evaluate", unit="rows", setup=setup):
         for name, value in record.items():
             added = torch.tensor(value, dtype=torch.float64)
             totals[name] = totals[name] + added if name in totals else added
     return totals
 
 
-def _measure_shard(shard: int, payload: None, config: dict[str, Any]) -> dict[str, Any]:
-    """One shard's sums, as JSON values."""
-    model = opened(config["bundle"])
-    reader = ShardReader(config["shards"])
+def _measure_shard(shards: str, split: str, shard: int, payload: None, model: Trained) -> dict[str, Any]:
+    """One shard's sums, as JSON values; nothing where it holds no row of the split."""
+    reader = ShardReader(shards)
     sizes = [size for size, _ in model.recipe.codebooks(model.settings)]
     totals: dict[str, Tensor] = {}
-    for batch, _, _ in seen_batches(reader, shard, config["split"]):
+    for batch, _, _ in seen_batches(reader, shard, split):
         with torch.inference_mode():
             measured = model.recipe.measure(model.model, batch)
         per_level = measured.codes.flatten(1, -2).unbind(-1) if len(sizes) > 1 else [measured.codes]

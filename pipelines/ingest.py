@@ -3,14 +3,15 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
-from pipelines import cluster, corpora, storage
+from pipelines import cluster, corpora, recipe, registry, storage
+from pipelines.claims import claim
 from pipelines.corpora import CorpusSettings, Slice, Survey
 from pipelines.errors import Failed, Refused
 from pipelines.export import export_parquet
@@ -24,9 +25,11 @@ from pipelines.manifest import (
     load_manifest,
     save_manifest,
 )
+from pipelines.options import validated
 from pipelines.parts import Part, Record, run_parts
 from pipelines.reading import Selection, read_part
 from pipelines.shards import check_holdout
+from vqcore.bundle import read_card
 
 REQUEST = "ingest.json"
 SOURCES = "sources.arrow"
@@ -51,6 +54,19 @@ class IngestResult:
     skipped: bool
     """True when it was finished before."""
     seconds: float
+
+
+def prepared_by(
+    *, corpus: str | None, recipe_name: str | None, bundle: str | None, overrides: dict[str, Any]
+) -> tuple[str, CorpusSettings]:
+    """The corpus kind and its settings: a kind's own, a recipe's kind, or how the data of a bundle was prepared."""
+    if bundle is not None:
+        if overrides:
+            raise Refused("--bundle takes the preparation from the card; leave --set out, or use --corpus.")
+        made = read_card(registry.local_bundle(bundle))["corpus"]
+        return made["kind"], corpora.load(made["kind"]).Settings.model_validate(made["settings"])
+    kind = corpus if corpus is not None else recipe.load(recipe_name or "").corpus[0]
+    return kind, validated(corpora.load(kind).Settings, overrides, f"corpus {kind!r}")
 
 
 def ingest(
@@ -97,7 +113,7 @@ def ingest(
     skipped = is_finished(out)
     if not skipped:
         cluster.require_shared(out, *sources)
-    _claim(out, request)
+    claim(out, REQUEST, request, "an ingest")
     if not skipped:
         selection = Selection(units, limit, holdout)
         work = partial(read_part, corpus, settings, survey.context, selection, out)
@@ -141,31 +157,6 @@ def _described(survey: Survey, units: int) -> dict[str, Any]:
         "units": units,
         "bytes": sum(piece.bytes for piece in survey.slices),
     }
-
-
-def _claim(out: str, request: dict[str, Any]) -> None:
-    """Make `out` this ingest's before work begins, or find that it is."""
-    home = storage.join(out, REQUEST)
-    if not storage.exists(home):
-        if storage.exists(out) and storage.list_files(out):
-            raise Refused(f"{out} holds other files; give an --out that is empty or does not exist.")
-        storage.write_json_atomic(home, request)
-        return
-    before, now = (dict(_flat(value)) for value in (storage.read_json(home), request))
-    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
-    if changed:
-        differences = "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in changed)
-        raise Refused(
-            f"{out} holds another ingest: {differences}. "
-            "Give another --out, or the settings and files it was begun with."
-        )
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    items: list[tuple[str, Any]] = []
-    for key, item in value.items():
-        items += _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else [(prefix + key, item)]
-    return items
 
 
 def _cut(slices: Sequence[Slice]) -> list[Part]:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import storage
+from pipelines.claims import NAMES as REQUESTS
 from pipelines.errors import Refused
 
 FORMAT = "vqray-shards"
@@ -127,7 +128,7 @@ def load_manifest(uri: str) -> Manifest:
     """
     uri = storage.normalise(uri)
     if not is_finished(uri):
-        begun = any(storage.exists(storage.join(uri, name)) for name in ("request.json", "parts"))
+        begun = any(storage.exists(storage.join(uri, name)) for name in (*REQUESTS, "parts"))
         hint = (
             "rerun the command that began it to complete it"
             if begun

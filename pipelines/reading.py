@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.corpora import Bad, Corpus, CorpusSettings, Filtered, Row, Slice
+from pipelines.corpora import NOT_TEST, Bad, Corpus, CorpusSettings, Filtered, Row, Slice
 from pipelines.errors import Failed
 from pipelines.manifest import SPLITS
 from pipelines.parts import Record
@@ -174,6 +174,8 @@ def _fits(row: Row, schema: pa.Schema, piece: Slice, unit: int, account: _Accoun
 def _split(row: Row, holdout: float, piece: Slice) -> str:
     if row.split is None:
         return split_of(row.group, holdout)
+    if row.split == NOT_TEST:
+        return "valid" if split_of(row.group, holdout) == "valid" else "train"
     if row.split not in SPLITS:
         raise Failed(f"{piece.name}: its corpus gave the split {row.split!r}; allowed: {', '.join(SPLITS)} or None.")
     return row.split

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from pipelines import storage
@@ -316,17 +315,3 @@ def _stacked(values: list[Any], kind: pa.FixedShapeTensorType) -> npt.NDArray[An
     if dtype.kind != "f" and not np.array_equal(cast, stacked):
         raise ValueError(f"{stacked.dtype} values that {dtype} cannot hold")
     return cast
-
-
-def export_parquet(uri: str) -> None:
-    """Write every shard once more as `parquet/<shard>.parquet`, for other tools; tensors become flat lists there.
-
-    The Arrow shards stay what the manifest names and what vqray reads.
-    """
-    reader = ShardReader(uri)
-    for number, record in enumerate(reader.manifest.shards):
-        batch = reader.shard(number)
-        flat = [c.storage if isinstance(c, pa.ExtensionArray) else c for c in batch.columns]
-        table = pa.table(flat, names=batch.schema.names).replace_schema_metadata(batch.schema.metadata)
-        with storage.writing(storage.join(uri, f"parquet/{record.name.removesuffix('.arrow')}.parquet")) as staged:
-            pq.write_table(table, staged)

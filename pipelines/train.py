@@ -17,10 +17,11 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from tqdm import tqdm
 
 from pipelines import cluster, loop, recipe, storage, tracking, trained
+from pipelines.claims import claim
 from pipelines.errors import Failed, Refused
 from pipelines.feed import Feed, columns_of
 from pipelines.loop import Event, RunSpec
-from pipelines.options import differences, validated
+from pipelines.options import validated
 from pipelines.plan import lanes_for
 from pipelines.shards import ShardReader
 from vqcore.reduction import resolve
@@ -71,7 +72,7 @@ def train(request: Request) -> Outcome:
     reader = ShardReader(storage.normalise(request.shards))
     spec, preset = _spec(request, reader, out)
     about = _about(spec, preset, reader)
-    _claim(out, about)
+    claim(out, "run.json", {"format": RUN, "version": VERSION, **about}, "a run")
     if storage.exists(storage.join(out, "bundle", "card.json")):
         return _finished(out)
     cluster.connect()
@@ -143,22 +144,6 @@ def _about(spec: RunSpec, preset: str, reader: ShardReader) -> dict[str, Any]:
         "fitted_on": {"split": "train", "rows": reader.rows("train")},
         "parents": {"shards": reader.manifest.digest},
     }
-
-
-def _claim(out: str, about: dict[str, Any]) -> None:
-    """Make `out` this run's, or find that it is; refuse a directory that belongs to another request."""
-    home = storage.join(out, "run.json")
-    if not storage.exists(home):
-        storage.write_json_atomic(home, {"format": RUN, "version": VERSION, **about})
-        return
-    recorded = storage.read_json(home)
-    if (recorded.pop("format", None), recorded.pop("version", None)) != (RUN, VERSION):
-        raise Refused(f"{home} was not written by this version of vqray; choose another --out.")
-    if different := differences(recorded, about):
-        raise Refused(
-            f"{out} holds a run with other settings ({'; '.join(different)})."
-            " Choose another --out, or repeat its settings."
-        )
 
 
 def _recorded_lanes(out: str) -> int | None:
