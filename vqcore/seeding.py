@@ -154,7 +154,7 @@ def kmeans_plus_plus(
 ) -> Float[Tensor, "K D"]:
     """k-means++ (Arthur and Vassilvitskii 2007) followed by at most `iterations` of Lloyd over the whole sample.
 
-    Centres are drawn among the first max(4096, 16 K) rows with probability proportional to their squared distance from
+    Centres are drawn among the first max(4096, 8 K) rows with probability proportional to their squared distance from
     the nearest centre so far, one at a time up to K = 1,024; above that ceil(K / 1024) at a time (k-means|| in
     spirit, Bahmani et al. 2012), because K passes over the rows would take hours. Rows equal to a centre weigh nothing;
     where the data has fewer distinct vectors than codes, the rest are copies of rows: codes nobody chooses, which
@@ -188,7 +188,7 @@ def scaled_spherical(
 
 def _spread(rows: Tensor, num_codes: int, seed: int) -> Tensor:
     """Indices of `num_codes` different rows, drawn by D^2 weights (see `kmeans_plus_plus`)."""
-    pool = rows[: max(4096, 16 * num_codes)]
+    pool = rows[: max(4096, 8 * num_codes)]
     x = (pool.double() - pool.double().mean(0)).to(pool.dtype)  # about the mean, where |x|^2 - 2xc + |c|^2 is sharpest
     norms = x.square().sum(-1)
     rounding = torch.finfo(x.dtype).eps * (8 + math.sqrt(x.shape[1]))

@@ -126,13 +126,15 @@ def test_float32_precision_settings_are_overruled_and_restored(monkeypatch: pyte
 
     def addmm(*args, **kwargs) -> Tensor:
         during.extend(backend.fp32_precision for backend in backends)
+        during.append("autocast" if torch.is_autocast_enabled("cpu") else "ieee")
         return real(*args, **kwargs)
 
     monkeypatch.setattr(torch, "addmm", addmm)
     try:
         torch.set_float32_matmul_precision("medium")
         before = [backend.fp32_precision for backend in backends]
-        nearest(random(5, 4), random(9, 4))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            nearest(random(5, 4), random(9, 4))
         assert [backend.fp32_precision for backend in backends] == before == ["bf16", "tf32"]
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
@@ -192,7 +194,7 @@ from vqcore.assign import nearest
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 for n, dim, num_codes, transposed in ((400_000, 2, 16, False), (400_000, 2, 16, True), (500, 2, 1_200_000, False),
-                                      (20_000, 64, 1024, False), (3000, 2048, 1100, True)):
+                                      (20_000, 64, 1024, False), (3000, 2048, 1100, True), (17_000, 512, 16, True)):
     vectors = torch.randn(num_codes, dim)
     x = torch.randn(dim, n).T if transposed else torch.randn(n, dim)
     nearest(torch.randn(1024, dim), torch.randn(1024, dim))  # the library's own buffers, the same for all shapes
@@ -211,7 +213,7 @@ def test_memory_stays_under_16_mib_and_the_codes() -> None:
     environment = {**os.environ, "PYTHONPATH": ":".join(sys.path), "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", MEMORY]
     lines = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
     for line in lines:
         beyond = int(line.split()[-1])
         assert 2**16 < beyond < 16 * 2**20, f"N, D, K, transposed, bytes: {line}"

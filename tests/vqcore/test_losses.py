@@ -69,10 +69,11 @@ def test_nothing_valid_is_zero_and_attached(rows: int) -> None:
 
 
 def test_stored_types_are_compared_in_float32() -> None:
-    """uint8 pixels do not wrap around, and bfloat16 outputs are not rounded again."""
-    assert float(squared_error(torch.zeros(2, 1), torch.tensor([[200], [3]], dtype=torch.uint8))) == 200**2 + 9
-    x = torch.full((1, 1), 1.0, dtype=torch.bfloat16)
-    assert float(squared_error(x, torch.full((1, 1), 1.001))) == pytest.approx(1e-6, rel=1e-3)
+    """uint8 pixels do not wrap around, and the difference of two bfloat16 is not rounded to bfloat16."""
+    pixels = torch.tensor([[3], [200]], dtype=torch.uint8)
+    assert float(squared_error(pixels, pixels.flip(0))) == 2 * 197**2
+    one, small = torch.ones(1, 1, dtype=torch.bfloat16), torch.full((1, 1), 2.0**-10, dtype=torch.bfloat16)
+    assert float(squared_error(one, small)) == (1 - 2.0**-10) ** 2
 
 
 def test_refusals() -> None:

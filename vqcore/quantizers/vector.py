@@ -194,11 +194,6 @@ class VectorQuantizer(nn.Module):
         revival. Raises ValueError, on all workers alike, where all have fewer usable vectors than codes; RuntimeError
         where seeding is None, since that codebook does not come from data.
         """
-        if self.seeding is None:
-            raise RuntimeError(
-                "this quantizer drew its codebook from N(0, 1) (seeding=None); build it with "
-                "seeding=vqcore.seeding.kmeans_plus_plus to seed it from data, or call codebook.set_vectors(v)"
-            )
         return self._seed_from(self._offers(batches))
 
     def _seed_from(self, offers: Iterable[Offer]) -> str:
