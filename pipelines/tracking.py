@@ -188,6 +188,9 @@ def _shortened(value: Any) -> str:
 
 def _mlflow() -> ModuleType:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # Those lines hold the store's address with its password, on the stream that ends in our JSON.
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
     import mlflow
 
@@ -198,7 +201,7 @@ def _mlflow() -> ModuleType:
 def _client(address: str, process: int) -> Any:
     """Opening a database file costs seconds the first time: MLflow creates and migrates its tables."""
     mlflow = _mlflow()
-    for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
+    for noisy in ("alembic", "mlflow.store", "mlflow.tracking"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # Between MLflow and its own dependencies, at the first opening; nothing here can change it.

@@ -165,7 +165,9 @@ assert "mlflow" not in sys.modules
 def test_first_use_forbids_pickle_whatever_the_environment_said(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true")
     tracking.find_run("0" * 32)
-    from mlflow.environment_variables import MLFLOW_ALLOW_PICKLE_DESERIALIZATION, MLFLOW_DISABLE_TELEMETRY
+    from mlflow import environment_variables as variables
 
-    assert MLFLOW_ALLOW_PICKLE_DESERIALIZATION.get() is False
-    assert MLFLOW_DISABLE_TELEMETRY.get() is True
+    assert variables.MLFLOW_ALLOW_PICKLE_DESERIALIZATION.get() is False
+    assert variables.MLFLOW_DISABLE_TELEMETRY.get() is True
+    # MLflow would print the address of a run, password and all, to the stream that ends in our JSON.
+    assert variables.MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.get() is True
