@@ -27,6 +27,7 @@ from pipelines.shards import ShardReader
 from vqcore.reduction import resolve
 
 RUN = "vqray-run"
+RUN_FILE = "run.json"
 VERSION = 1
 
 
@@ -72,11 +73,15 @@ def train(request: Request) -> Outcome:
     reader = ShardReader(storage.normalise(request.shards))
     spec, preset = _spec(request, reader, out)
     about = _about(spec, preset, reader)
-    claim(out, "run.json", {"format": RUN, "version": VERSION, **about}, "a run")
-    if storage.exists(storage.join(out, "bundle", "card.json")):
-        return _finished(out)
+    ours = {"format": RUN, "version": VERSION, **about}
+    if storage.exists(storage.join(out, RUN_FILE)):
+        claim(out, RUN_FILE, ours, "a run")
+        if storage.exists(storage.join(out, "bundle", "card.json")):
+            return _finished(out)
     cluster.connect()
+    cluster.require_shared(out, request.shards)
     _check_room(request)
+    claim(out, RUN_FILE, ours, "a run")
     run = tracking.start_run(
         experiment=spec.recipe,
         name=os.path.basename(out.rstrip("/")),
@@ -147,7 +152,7 @@ def _about(spec: RunSpec, preset: str, reader: ShardReader) -> dict[str, Any]:
 
 
 def _recorded_lanes(out: str) -> int | None:
-    home = storage.join(out, "run.json")
+    home = storage.join(out, RUN_FILE)
     return int(storage.read_json(home)["lanes"]) if storage.exists(home) else None
 
 
@@ -261,7 +266,8 @@ def _fit(request: Request, spec: RunSpec, about: dict[str, Any], run: tracking.R
         "mailbox": mailbox,
         "spec": asdict(spec),
         "about": about,
-        "threads": max(1, cluster.cpus() // request.workers) if not request.gpus_per_worker else 1,
+        # The user's own word on threads wins; results repeat to the bit only at one thread count.
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or max(1, cluster.cpus() // request.workers)),
         "gpu": request.gpus_per_worker > 0,
     }
     resources = {"CPU": 1.0, **({"GPU": request.gpus_per_worker} if request.gpus_per_worker else {})}

@@ -16,6 +16,7 @@ import pytest
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.update(
+    OMP_NUM_THREADS="1",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_AUTH_MODE="disabled",
     MLFLOW_DISABLE_TELEMETRY="true",

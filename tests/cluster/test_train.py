@@ -1,0 +1,178 @@
+"""Training through Ray: the plain loop's bits, whatever is killed on the way."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipelines import loop, train
+from pipelines.checkpoint import Checkpoints
+from pipelines.errors import Failed, Refused
+from pipelines.train import Request
+from tests.pipelines.loops import TINY, make_shards, run_workers, spec_of, state_of
+from vqcore.bundle import read_bundle
+
+STEPS = 240
+NAME = "rotation_trick"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tracking_store(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('tracking') / 'vqray.db'}")
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> str:
+    return make_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory) -> dict:
+    """The weights of two plain gloo workers that nobody disturbed."""
+    home = tmp_path_factory.mktemp("plain")
+    run_workers(2, home, {"plain": spec_of(NAME, shards, home / "run", steps=STEPS, checkpoint_every=40)})
+    return state_of(home, "plain", 0, 2)
+
+
+def request_for(shards: str, out: Path, **changes) -> Request:
+    overrides = {**TINY[NAME], "steps": STEPS, **changes.pop("overrides", {})}
+    return Request(NAME, shards, str(out), preset="small", overrides=overrides, checkpoint_every=40, **changes)
+
+
+def assert_same_weights(out: Path, weights: dict) -> None:
+    made = read_bundle(out / "bundle").tensors
+    assert made.keys() == weights.keys()
+    for name, tensor in made.items():
+        assert tensor.equal(weights[name]), name
+
+
+def wait_for_checkpoint(out: Path, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not Checkpoints(str(out)).complete():
+        assert time.monotonic() < until, "no checkpoint was written"
+        time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_bits_of_an_undisturbed_one(
+    shards, tmp_path, undisturbed, monkeypatch
+):
+    out = tmp_path / "run"
+    killed = []
+
+    def kill_one() -> None:
+        wait_for_checkpoint(out)
+        workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+        os.kill(workers[-1].pid, signal.SIGKILL)
+        killed.append(workers[-1].pid)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    outcome = train.train(request_for(shards, out, workers=2))
+    killer.join()
+    assert killed
+    assert_same_weights(out, undisturbed)
+    assert outcome.metrics["train/usage"] > 0
+
+    again = train.train(request_for(shards, out, workers=1))
+    assert again.skipped
+    assert again.digest == outcome.digest
+    with pytest.raises(Refused, match=r"settings\.num_codes: 12 -> 13"):
+        train.train(request_for(shards, out, overrides={"num_codes": 13}))
+
+
+def test_a_killed_driver_leaves_checkpoints_from_which_the_same_command_goes_on(shards, tmp_path, undisturbed):
+    out = tmp_path / "run"
+    settings = [f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in TINY[NAME].items()]
+    command = [
+        sys.executable, "-m", "jobs.cli", "train", "--recipe", NAME, "--shards", shards, "--out", str(out),
+        "--preset", "small", "--workers", "2", "--steps", str(STEPS), "--checkpoint-every", "40", "--set", *settings,
+    ]  # fmt: skip
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'vqray.db'}"}
+    first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    wait_for_checkpoint(out)
+    family = psutil.Process(first.pid).children(recursive=True)
+    names = {process.pid: " ".join(process.cmdline()) for process in family}
+    first.kill()
+    first.wait()
+    workers = [process for process in family if "RayTrainWorker" in names[process.pid]]
+    assert len(workers) == 2
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+    for process in family:
+        # Ray's own agents outlive a killed driver for a while.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    assert not (out / "bundle").exists()
+
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    assert "resuming" in second.stderr
+    assert json.loads(second.stdout.splitlines()[-1])["digest"]
+    assert_same_weights(out, undisturbed)
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_what_a_restart_cannot_mend_ends_the_run_at_once_with_its_own_words(shards, tmp_path):
+    with pytest.raises(Failed, match="4096"):
+        train.train(request_for(shards, tmp_path / "run", overrides={"num_codes": 4096}))
+
+
+@pytest.mark.usefixtures("ray_instance")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"workers": 64, "overrides": {"batch_size": 64}}, r"--workers 64 needs as many CPUs; this cluster has 4"),
+        ({"workers": 16}, r"batch of 8 rows cannot be shared by 16 workers"),
+        ({"gpus_per_worker": 1.0}, r"needs 1 GPUs; this cluster has 0"),
+        ({"overrides": {"num_cods": 3}}, r"no setting 'num_cods'; did you mean 'num_codes'"),
+        ({"overrides": {"num_codes": 1}}, r"num_codes=1: .*greater than or equal to 2"),
+        ({"overrides": {"patch": 3}}, r"images of 8 pixels cannot be reduced 3 times"),
+        ({"overrides": {"image_size": 64}}, r"image_size follows from the shards \(8\)"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_starts(shards, tmp_path, changes, said):
+    began = time.monotonic()
+    with pytest.raises(Refused, match=said):
+        train.train(request_for(shards, tmp_path / "run", **changes))
+    assert time.monotonic() - began < 10
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_unknown_recipe_preset_and_shards_are_refused_by_name(shards, tmp_path):
+    with pytest.raises(Refused, match=r"no recipe 'rotation'; did you mean 'rotation_trick'"):
+        train.train(Request("rotation", shards, str(tmp_path / "run")))
+    with pytest.raises(Refused, match=r"no preset 'smal'; allowed: paper, small"):
+        train.train(Request(NAME, shards, str(tmp_path / "run"), preset="smal"))
+    with pytest.raises(Refused, match=r"not a finished vqray directory"):
+        train.train(Request(NAME, str(tmp_path), str(tmp_path / "run")))
+
+
+def test_the_mailbox_keeps_only_the_newest_progress():
+    class Remote:
+        def __init__(self) -> None:
+            self.sent: list[loop.Event] = []
+            self.put = self
+
+        def remote(self, events: list[loop.Event]) -> None:
+            self.sent += events
+
+    mailbox = Remote()
+    outbox = train.Outbox(mailbox, every=1e9)
+    outbox.sent = time.monotonic()
+    for step in range(5):
+        outbox.tell({"kind": "progress", "step": step})
+    outbox.tell({"kind": "log", "text": "x"})
+    outbox.flush()
+    assert [event.get("step") for event in mailbox.sent] == [4, None]
