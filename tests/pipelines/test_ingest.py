@@ -201,6 +201,13 @@ def test_too_many_bad_units_fail_with_count_share_and_reasons_and_can_be_allowed
         run(source, tmp_path / "other", max_bad_fraction=0.2499)
 
 
+def test_what_a_setting_filters_does_not_dilute_the_share_of_bad_units(source: Path, tmp_path: Path) -> None:
+    with (source / "a/0.txt").open("a") as file:
+        file.write("\nx" * 3)
+    with pytest.raises(Failed, match=r"3 of 33 units looked at could not be read \(9\.1%\)"):
+        run(source, tmp_path / "out", TinySettings(most=4))
+
+
 def test_nothing_kept_is_a_failure_that_says_why(source: Path, tmp_path: Path) -> None:
     with pytest.raises(Failed, match=r"not one row was kept: 0 units were bad, and left out were {'most': 300}"):
         run(source, tmp_path / "out", TinySettings(most=-1))

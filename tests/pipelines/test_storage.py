@@ -115,25 +115,27 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_kill_while_writing_never_shows_half_a_file(tmp_path: Path) -> None:
+def test_readers_beside_a_writer_and_after_its_kill_see_whole_files(tmp_path: Path) -> None:
     script = """
         import itertools, sys
         from pipelines import storage
         for n in itertools.count(1):
-            storage.write_atomic(sys.argv[1], bytes([n % 256]) * 300_000)
+            storage.write_atomic(sys.argv[1], bytes([n % 256]) * 3_000_000)
             print(n, flush=True)
     """
     uri = str(tmp_path / "file")
-    writer = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), uri], stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", textwrap.dedent(script), uri]
+    writer = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE)
     assert writer.stdout is not None
-    for _ in range(20):
-        writer.stdout.readline()
+    writer.stdout.readline()
+    seen = [storage.read_bytes(uri) for _ in range(200)]
     writer.send_signal(signal.SIGKILL)
     writer.stdout.close()
     writer.wait()
-    data = storage.read_bytes(uri)
-    assert len(data) == 300_000
-    assert len(set(data)) == 1
+    for data in [*seen, storage.read_bytes(uri)]:
+        assert len(data) == 3_000_000
+        assert data == data[:1] * 3_000_000
+    assert len({data[0] for data in seen}) > 1
 
 
 def test_disk_errors_are_failures_that_name_the_uri(tmp_path: Path) -> None:
