@@ -21,7 +21,8 @@ from pipelines import checkpoint, recipe
 from pipelines.checkpoint import Checkpoint, Checkpoints
 from pipelines.feed import Feed
 from pipelines.recipe import Batch, Losses, Settings, Share, Stage
-from vqcore import metrics, noise
+from pipelines.watch import Totals, Watch
+from vqcore import noise
 from vqcore.quantizers.contract import Quantizer, quantizers_in
 from vqcore.reduction import resolve
 
@@ -45,17 +46,6 @@ class RunSpec:
     micro_batches: int = 1
     double: bool = False
     """Everything in float64: the test mode in which workers agree to 1e-9 over hundreds of steps."""
-
-
-@dataclass
-class Totals:
-    """Counts over the whole run that belong to the result."""
-
-    skipped_steps: int = 0
-    """Steps without an optimiser step, because a gradient was not finite."""
-    non_finite_rows: int = 0
-    latest: dict[str, float | None] = field(default_factory=dict)
-    """The newest training metrics, times left out; None where one was not finite (JSON has no NaN)."""
 
 
 @dataclass
@@ -130,7 +120,7 @@ def _run_stage(
         with torch.no_grad():
             sentence = stage.seed(trainee.model, source.epoch())
         say({"kind": "log", "text": sentence})
-    watch = Watch(trainee)
+    watch = Watch(trainee.quantizers)
     before = sum(earlier.steps for earlier in recipe.load(spec.recipe).stages(settings)[:number])
     for step in range(first, stage.steps):
         torch.manual_seed(_seed_of(spec.seed, number, step, 1 + resolve(None).rank))
@@ -160,7 +150,7 @@ def _one_step(
     spec: RunSpec,
     settings: Settings,
     totals: Totals,
-    watch: "Watch",
+    watch: Watch,
 ) -> None:
     stage, model = trainee.stage, trainee.model
     share, lost = _sum_counts(stage.counts(model, batch), non_finite, batch.mask.device, watch)
@@ -189,7 +179,7 @@ def _one_step(
     watch.count_codes(share.totals["rows"])
 
 
-def _sum_counts(counts: dict[str, int], non_finite: int, device: torch.device, watch: "Watch") -> tuple[Share, int]:
+def _sum_counts(counts: dict[str, int], non_finite: int, device: torch.device, watch: Watch) -> tuple[Share, int]:
     """Global counts: what losses divide by must be known before the forward."""
     reduce = resolve(None)
     packed = torch.tensor([*counts.values(), non_finite], dtype=torch.float64, device=device)
@@ -262,70 +252,6 @@ def _clear_moments(trainee: Trainee) -> None:
                 for moment in optimiser.state.get(parameter, {}).values():
                     if isinstance(moment, Tensor) and moment.shape == parameter.shape:
                         moment[revived] = 0
-
-
-class Watch:
-    """What is logged: means since the newest flush, usage from exact global counts, and where the time went."""
-
-    def __init__(self, trainee: Trainee):
-        self.quantizers = trainee.quantizers
-        self._restart()
-
-    def _restart(self) -> None:
-        self.began = time.perf_counter()
-        self.steps = 0
-        self.rows = 0.0
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
-        self.spent = {"data": 0.0, "reduce": 0.0}
-
-    def part(self, name: str) -> "_Timed":
-        return _Timed(self.spent, name)
-
-    def add(self, losses: Losses) -> None:
-        for name, value in (*((f"loss/{g}", loss.detach()) for g, loss in losses.groups.items()), *losses.logs.items()):
-            self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.double()
-
-    def count_codes(self, rows: float) -> None:
-        self.steps += 1
-        self.rows += rows
-        for name, quantizer in self.quantizers:
-            counts = quantizer.last_counts
-            self.counts[name] = self.counts[name] + counts if name in self.counts else counts.clone()
-
-    def flush(self, totals: Totals) -> dict[str, float]:
-        """Metrics since the newest flush. One small all-reduce; every worker must call it at the same step."""
-        reduce = resolve(None)
-        out: dict[str, float] = {}
-        if self.steps:
-            packed = torch.stack(list(self.sums.values())).double()
-            reduce(packed)
-            means = (packed / (reduce.world * self.steps)).tolist()
-            out = {f"train/{name}": value for name, value in zip(self.sums, means, strict=True)}
-        for name, counts in self.counts.items():
-            label = f"train/{name}/" if len(self.quantizers) > 1 else "train/"
-            out[f"{label}usage"] = float(metrics.usage(counts).mean())
-            out[f"{label}perplexity"] = float(metrics.perplexity(counts).mean())
-        seconds = time.perf_counter() - self.began
-        out["speed/steps_per_second"] = self.steps / seconds
-        out["speed/rows_per_second"] = self.rows / seconds
-        out["speed/data_share"] = self.spent["data"] / seconds
-        out["speed/reduce_share"] = self.spent["reduce"] / seconds
-        out["train/skipped_steps"] = float(totals.skipped_steps)
-        out["train/non_finite_rows"] = float(totals.non_finite_rows)
-        self._restart()
-        return out
-
-
-class _Timed:
-    def __init__(self, spent: dict[str, float], name: str):
-        self.spent, self.name = spent, name
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.spent[self.name] += time.perf_counter() - self.began
 
 
 def _agree_on_newest(store: Checkpoints, say: Callable[[Event], None]) -> tuple[int, int] | None:

@@ -2,8 +2,6 @@
 
 import os
 import sys
-import threading
-import time
 import traceback
 import uuid
 from dataclasses import asdict, dataclass, field
@@ -14,13 +12,13 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
-from tqdm import tqdm
 
 from pipelines import cluster, loop, recipe, storage, tracking, trained
 from pipelines.claims import claim
 from pipelines.errors import Failed, Refused
 from pipelines.feed import Feed, columns_of
-from pipelines.loop import Event, RunSpec
+from pipelines.loop import RunSpec
+from pipelines.mailbox import Listener, Mailbox, Outbox
 from pipelines.options import validated
 from pipelines.plan import lanes_for
 from pipelines.shards import ShardReader
@@ -182,49 +180,6 @@ def _check_room(request: Request) -> None:
         )
 
 
-@ray.remote(num_cpus=0)
-class Mailbox:
-    """Between workers and driver. Outlives the worker group, so it also remembers an error that no restart mends."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.error: str | None = None
-
-    def put(self, events: list[Event]) -> None:
-        self.events += events
-
-    def take(self) -> list[Event]:
-        events, self.events = self.events, []
-        return events
-
-    def fail(self, text: str) -> None:
-        self.error = self.error or text
-
-    def failure(self) -> str | None:
-        return self.error
-
-
-class Outbox:
-    """A worker's end of the mailbox: batches events, and of progress keeps only the newest."""
-
-    def __init__(self, mailbox: Any, every: float = 0.25):
-        self.mailbox, self.every = mailbox, every
-        self.waiting: list[Event] = []
-        self.sent = 0.0
-
-    def tell(self, event: Event) -> None:
-        if event["kind"] == "progress" and self.waiting and self.waiting[-1]["kind"] == "progress":
-            self.waiting.pop()
-        self.waiting.append(event)
-        if time.monotonic() - self.sent > self.every:
-            self.flush()
-
-    def flush(self) -> None:
-        events, self.waiting = self.waiting, []
-        self.sent = time.monotonic()
-        self.mailbox.put.remote(events)
-
-
 def _worker(config: dict[str, Any]) -> None:
     """Runs on every worker. What torch.distributed and storage raise may be a fault that a restart mends (as is a
     worker that dies); any other exception would only come again, so it ends the run for good.
@@ -299,59 +254,3 @@ def _fit(request: Request, spec: RunSpec, about: dict[str, Any], run: tracking.R
             f"training stopped after {request.restarts} restarts: {last}."
             f" Run the same command again to go on from the newest checkpoint in {spec.out}."
         ) from fault
-
-
-class Listener:
-    """Drains the mailbox on a thread of the driver, the only writer of the tracking store."""
-
-    def __init__(self, mailbox: Any, run: tracking.Run, every: float = 0.5):
-        self.mailbox, self.run, self.every = mailbox, run, every
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._listen, name="listener", daemon=True)
-        self.bar: tqdm[Any] | None = None
-
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        self.thread.join()
-        if self.bar is not None:
-            self.bar.close()
-
-    def _listen(self) -> None:
-        while True:
-            finished = self.done.wait(self.every)
-            for event in ray.get(self.mailbox.take.remote()):
-                self._hear(event)
-            if finished:
-                return
-
-    def _hear(self, event: Event) -> None:
-        match event["kind"]:
-            case "log":
-                tqdm.write(event["text"], file=sys.stderr)
-            case "progress":
-                self._show(event)
-            case "metrics":
-                self.run.log_metrics([(event["run_step"], event["metrics"])])
-                if self.bar is not None:
-                    self.bar.set_postfix(_headline(event["metrics"]), refresh=False)
-
-    def _show(self, event: Event) -> None:
-        name = f"train {event['stage']}"
-        if self.bar is None or self.bar.desc != name:
-            if self.bar is not None:
-                self.bar.close()
-            first = event["step"] - 1
-            self.bar = tqdm(total=event["steps"], initial=first, desc=name, unit="step", file=sys.stderr)
-        self.bar.update(event["step"] - self.bar.n)
-
-
-def _headline(metrics: dict[str, float]) -> dict[str, str]:
-    """The two or three numbers a person watches."""
-    shown = {}
-    for name, value in metrics.items():
-        if name.startswith("train/loss/") or name.endswith("usage"):
-            shown[name.removeprefix("train/").removeprefix("loss/")] = f"{value:.3g}"
-    return shown

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines import loop, train
+from pipelines import train
 from pipelines.checkpoint import Checkpoints
 from pipelines.errors import Failed, Refused
 from pipelines.train import Request
@@ -157,22 +157,3 @@ def test_unknown_recipe_preset_and_shards_are_refused_by_name(shards, tmp_path):
         train.train(Request(NAME, shards, str(tmp_path / "run"), preset="smal"))
     with pytest.raises(Refused, match=r"not a finished vqray directory"):
         train.train(Request(NAME, str(tmp_path), str(tmp_path / "run")))
-
-
-def test_the_mailbox_keeps_only_the_newest_progress():
-    class Remote:
-        def __init__(self) -> None:
-            self.sent: list[loop.Event] = []
-            self.put = self
-
-        def remote(self, events: list[loop.Event]) -> None:
-            self.sent += events
-
-    mailbox = Remote()
-    outbox = train.Outbox(mailbox, every=1e9)
-    outbox.sent = time.monotonic()
-    for step in range(5):
-        outbox.tell({"kind": "progress", "step": step})
-    outbox.tell({"kind": "log", "text": "x"})
-    outbox.flush()
-    assert [event.get("step") for event in mailbox.sent] == [4, None]
