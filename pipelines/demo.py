@@ -1,10 +1,8 @@
 """Everything once, on real data: a package's photos in, a registered codebook and a picture out."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipelines import cluster, corpora, packages, recipe, registry, tracking
 from pipelines.encode import decode, encode
@@ -95,9 +93,9 @@ def _story(name: str, out: Path, rows: IngestResult, test: Evaluation, ref: str,
 class _Stages:
     """Says which of the stages begins."""
 
-    def __init__(self, count: int, write: Callable[[str], Any] = sys.stderr.write):
-        self.count, self.write, self.at = count, write, 0
+    def __init__(self, count: int):
+        self.count, self.at = count, 0
 
     def __call__(self, what: str) -> None:
         self.at += 1
-        self.write(f"\n[{self.at}/{self.count}] {what}\n")
+        print(f"\n[{self.at}/{self.count}] {what}", file=sys.stderr)

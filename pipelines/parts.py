@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -41,17 +42,15 @@ def run_parts(
     *,
     label: str,
     unit: str,
-    setup: Callable[[], Any] | None = None,
-    gpus: float = 0.0,
+    setup: partial[Any] | None = None,
     check: Callable[[Record], None] | None = None,
 ) -> list[Record]:
     """Do every part that has no record below `out`/parts yet; all records, in part order.
 
     Args:
         work: a module-level function (or partial of one) returning a JSON record.
-        setup: makes what every part of a process shares (a loaded bundle). Parts then run in actors, which live on
-            between parts even with GPUs, where Ray would start a new process for every task.
-        gpus: per task.
+        setup: a partial of a module-level function that makes what all parts of a process share (a loaded bundle);
+            equal partials give it once a process.
         check: sees every record, found or new, and may raise to stop the run.
 
     Raises:
@@ -74,7 +73,7 @@ def run_parts(
         disable=not missing,
     )
     with bar:
-        for number, record in _finished({n: parts[n] for n in missing}, work, setup, gpus, out):
+        for number, record in _finished({n: parts[n] for n in missing}, work, setup, out):
             records[number] = record
             bar.update(parts[number].units)
             if check:
@@ -89,16 +88,14 @@ def record_uri(out: str, part: int) -> str:
 class _Task:
     """One part on a worker. Our own errors travel as values: raised, they would come back in Ray's stack trace."""
 
-    def __init__(self, work: Work, setup: Callable[[], Any] | None, out: str) -> None:
+    def __init__(self, work: Work, setup: partial[Any] | None, out: str) -> None:
         self.work, self.setup, self.out = work, setup, out
-        self.state: tuple[Any, ...] | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         part = int(row["part"])
         try:
-            if self.state is None:
-                self.state = (self.setup(),) if self.setup else ()
-            record = self.work(part, json.loads(row["payload"]), *self.state)
+            state = (_kept(self.setup),) if self.setup else ()
+            record = self.work(part, json.loads(row["payload"]), *state)
         except (Refused, Failed) as error:
             return {"part": part, "error": type(error).__name__, "text": str(error)}
         except Exception as error:
@@ -109,8 +106,20 @@ class _Task:
         return {"part": part, "error": "", "text": json.dumps(record)}
 
 
+_STATES: dict[str, Any] = {}
+
+
+def _kept(setup: partial[Any]) -> Any:
+    """What `setup` makes, made once a process; only the newest is kept."""
+    name = f"{setup.func.__module__}.{setup.func.__qualname__}{setup.args}{setup.keywords}"
+    if name not in _STATES:
+        _STATES.clear()
+        _STATES[name] = setup()
+    return _STATES[name]
+
+
 def _finished(
-    todo: Mapping[int, Part], work: Work, setup: Callable[[], Any] | None, gpus: float, out: str
+    todo: Mapping[int, Part], work: Work, setup: partial[Any] | None, out: str
 ) -> Iterator[tuple[int, Record]]:
     """Records as their parts finish, in any order."""
     if not todo:
@@ -121,12 +130,7 @@ def _finished(
     with _quiet():
         # One block a part: a block is Ray Data's unit of scheduling and of retry.
         blocks = ray.data.from_items(items, override_num_blocks=len(items))
-        resources = {"num_cpus": 1, "num_gpus": gpus or None}
-        if setup is None:
-            results = blocks.map(_Task(work, None, out), **resources)
-        else:
-            pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(len(items), max(1, cluster.cpus())))
-            results = blocks.map(_Task, fn_constructor_args=(work, setup, out), compute=pool, **resources)
+        results = blocks.map(_Task(work, setup, out), num_cpus=1)
         try:
             for row in results.iter_rows():
                 if row["error"]:

@@ -73,7 +73,7 @@ def test_what_setup_makes_is_made_once_a_process(tmp_path: Path) -> None:
 
 def test_a_setup_that_refuses_is_heard(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"^no such bundle$"):
-        run([1], tmp_path, counting.add, setup=counting.refuse_to_load)
+        run([1], tmp_path, counting.add, setup=partial(counting.refuse_to_load))
 
 
 def test_a_part_whose_worker_dies_is_done_again(tmp_path: Path) -> None:
