@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float, Int64
 from matplotlib.figure import Figure
 from pydantic import Field
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from pipelines.errors import Refused
-from pipelines.pictures import grid_over
 from pipelines.recipe import Batch, Losses, Measured, Recipe, Settings, Share, Stage
-from vqcore import losses, seeding
+from pipelines.recipes import _images as images
+from vqcore import seeding
 from vqcore.quantizers import VectorBatch, VectorQuantizer
 
 SEEDINGS = {"kmeans++": seeding.kmeans_plus_plus, "random_rows": seeding.random_rows}
@@ -79,12 +78,10 @@ class Patches(nn.Module):
 
     def vectors(self, batch: Batch) -> VectorBatch:
         """One vector per patch, with the masks and keys of its row."""
-        pixels = batch.columns["image"].to(self.quantizer.codebook.vectors.dtype) / 127.5 - 1
+        pixels = images.scaled(batch, self.quantizer.codebook.vectors.dtype)
         channels, p, (rows, columns) = self.image_shape[0], self.patch, self.grid
         x = pixels.view(-1, channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).flatten(3)
-        place = torch.arange(self.positions, device=x.device).view(self.grid)
-        keys = batch.keys[:, None, None] * self.positions + place
-        return VectorBatch(x, batch.mask[:, None, None].expand(x.shape[:3]), keys)
+        return VectorBatch(x, *images.places(batch, self.grid))
 
     def render(self, vectors: Float[Tensor, "B h w D"]) -> Float[Tensor, "B C H W"]:
         channels, p, (rows, columns) = self.image_shape[0], self.patch, self.grid
@@ -134,35 +131,18 @@ def encode(model: Patches, batch: Batch) -> Int64[Tensor, "B h w"]:
 
 
 def decode(model: Patches, codes: Int64[Tensor, "B h w"]) -> dict[str, Tensor]:
-    image = model.render(model.quantizer.look_up(codes))
-    return {"image": ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)}
+    return {"image": images.stored(model.render(model.quantizer.look_up(codes)))}
 
 
 def measure(model: Patches, batch: Batch) -> Measured:
     x, mask, _ = model.vectors(batch)
     quantized = model.quantizer(x, mask)
     picture = decode(model, quantized.codes)["image"]
-    pixels = batch.columns["image"]
-    sums = {
-        "pixel": losses.squared_error(picture / 255.0, pixels / 255.0, batch.mask) / pixels[0].numel(),
-        "quantization": quantized.squared_error / x.shape[-1],
-        "vectors": quantized.valid.double(),
-    }
-    return Measured(quantized.codes, sums)
-
-
-def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
-    pixel = float(sums["pixel"] / sums["rows"])
-    return {
-        "mse": pixel,
-        "psnr": losses.psnr(pixel, peak=1.0),
-        "quantization_error": float(sums["quantization"] / sums["vectors"]),
-    }
+    return Measured(quantized.codes, images.error_sums(picture, batch, quantized))
 
 
 def pictures(model: Patches, batch: Batch) -> dict[str, Figure]:
-    restored = decode(model, encode(model, batch))["image"]
-    return {"reconstructions": grid_over(batch.columns["image"], restored, "original", "from its codes")}
+    return images.before_and_after(batch, decode(model, encode(model, batch))["image"])
 
 
 recipe = Recipe(
@@ -175,7 +155,7 @@ recipe = Recipe(
     encode=encode,
     decode=decode,
     measure=measure,
-    summarise=summarise,
+    summarise=images.summary,
     space={"num_codes": "choice:64,128,256,512,1024,2048,4096", "patch": "choice:2,4,8,16"},
     pictures=pictures,
 )

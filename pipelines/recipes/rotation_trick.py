@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from pipelines.errors import Refused
-from pipelines.pictures import grid_over
 from pipelines.recipe import Batch, Demo, Losses, Measured, Recipe, Settings, Share, Stage
+from pipelines.recipes import _images as images
 from vqcore import estimators, losses, seeding
 from vqcore.networks.conv import ConvDecoder, ConvEncoder
 from vqcore.quantizers import VectorBatch, VectorQuantizer
@@ -135,16 +135,10 @@ class VQVAE(nn.Module):
         self.widen = nn.Conv2d(s.code_dim, width, 1)
         self.decoder = ConvDecoder(width, out_channels=s.image_channels, **shape)
 
-    def scaled(self, batch: Batch) -> Float[Tensor, "B C H W"]:
-        """Pixels in [-1, 1]."""
-        return batch.columns["image"].to(self.narrow.weight.dtype) / 127.5 - 1
-
     def latents(self, batch: Batch) -> VectorBatch:
         """One D-vector per position, with the masks and keys of its row."""
-        x = self.narrow(self.encoder(self.scaled(batch))).permute(0, 2, 3, 1)
-        place = torch.arange(self.positions, device=x.device).view(x.shape[1:3])
-        keys = batch.keys[:, None, None] * self.positions + place
-        return VectorBatch(x, batch.mask[:, None, None].expand(x.shape[:3]), keys)
+        x = self.narrow(self.encoder(images.scaled(batch, self.narrow.weight.dtype))).permute(0, 2, 3, 1)
+        return VectorBatch(x, *images.places(batch, (x.shape[1], x.shape[2])))
 
     def render(self, vectors: Float[Tensor, "B h w D"]) -> Float[Tensor, "B C H W"]:
         image: Tensor = self.decoder(self.widen(vectors.permute(0, 3, 1, 2)))
@@ -153,7 +147,7 @@ class VQVAE(nn.Module):
 
 def train_losses(model: VQVAE, batch: Batch, share: Share) -> Losses:
     """L = mean (x - x_rec)^2 + beta mean (e - sg(q))^2, beta inside the quantizer's loss (paper 5.1)."""
-    target = model.scaled(batch)
+    target = images.scaled(batch, model.narrow.weight.dtype)
     quantized = model.quantizer(*model.latents(batch))
     error = losses.squared_error(model.render(quantized.vectors), target, batch.mask)
     reconstruction = share.mean(error / target[0].numel())
@@ -201,39 +195,25 @@ def encode(model: VQVAE, batch: Batch) -> Int64[Tensor, "B h w"]:
 
 
 def decode(model: VQVAE, codes: Int64[Tensor, "B h w"]) -> dict[str, Tensor]:
-    image = model.render(model.quantizer.look_up(codes))
-    return {"image": ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)}
+    return {"image": images.stored(model.render(model.quantizer.look_up(codes)))}
 
 
 def measure(model: VQVAE, batch: Batch) -> Measured:
-    """Errors are of the stored picture: clamped and rounded to 8 bits, as `decode` writes it."""
+    """`loss` is the training loss's first term; the other errors are of the stored picture and of the latents."""
     x, mask, _ = model.latents(batch)
     quantized = model.quantizer(x, mask)
     raw = model.render(quantized.vectors)
-    picture = decode(model, quantized.codes)["image"]
-    pixels = batch.columns["image"]
-    sums = {
-        "loss": losses.squared_error(raw, model.scaled(batch), batch.mask) / raw[0].numel(),
-        "pixel": losses.squared_error(picture / 255.0, pixels / 255.0, batch.mask) / raw[0].numel(),
-        "quantization": quantized.squared_error / x.shape[-1],
-        "vectors": quantized.valid.double(),
-    }
-    return Measured(quantized.codes, sums)
+    target = images.scaled(batch, raw.dtype)
+    sums = images.error_sums(images.stored(raw), batch, quantized)
+    return Measured(quantized.codes, {**sums, "loss": losses.squared_error(raw, target, batch.mask) / raw[0].numel()})
 
 
 def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
-    pixel = float(sums["pixel"] / sums["rows"])
-    return {
-        "loss": float(sums["loss"] / sums["rows"]),
-        "mse": pixel,
-        "psnr": losses.psnr(pixel, peak=1.0),
-        "quantization_error": float(sums["quantization"] / sums["vectors"]),
-    }
+    return {"loss": float(sums["loss"] / sums["rows"]), **images.summary(sums)}
 
 
 def pictures(model: VQVAE, batch: Batch) -> dict[str, Figure]:
-    restored = decode(model, encode(model, batch))["image"]
-    return {"reconstructions": grid_over(batch.columns["image"], restored, "original", "from its codes")}
+    return images.before_and_after(batch, decode(model, encode(model, batch))["image"])
 
 
 recipe = Recipe(
