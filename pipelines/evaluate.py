@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines import registry, storage, trained
+from pipelines import registry, storage, tracking, trained
 from pipelines.claims import claim
 from pipelines.encode import REQUEST, opened_for, seen_batches, shard_parts
 from pipelines.feed import read_columns, to_batch
@@ -53,6 +53,7 @@ def evaluate(bundle: str, shards: str, out: str, split: str = "test") -> Evaluat
     sums = _sums_over(directory, reader, split, out)
     found = {**_shared_metrics(model, sums), **model.recipe.summarise(sums)}
     names = _draw(model, reader, split, sums["counts"], out)
+    _track(model, request, found, [storage.join(out, name) for name in names])
     storage.write_json_atomic(home, {"metrics": found, "pictures": names})
     return Evaluation(
         out, model.digest, int(found["rows"]), found, [storage.join(out, name) for name in names], skipped=False
@@ -102,6 +103,18 @@ def _shared_metrics(model: Trained, sums: dict[str, Tensor]) -> dict[str, float]
         "gini": sum(float(metrics.gini(c)) for c in counts) / len(counts),
         "bits_per_row": codes_per_row * sum(math.log2(size) for size in sizes),
     }
+
+
+def _track(model: Trained, request: dict[str, str], found: dict[str, float], pictures: list[str]) -> None:
+    """The same as an MLflow run, tied by digests to the bundle's training run and to the shards."""
+    tags = {"kind": "evaluate", "bundle_digest": request["bundle"], "shards_digest": request["shards"]}
+    split = request["split"]
+    run = tracking.start_run(model.recipe.name, f"evaluate {request['bundle'][:12]} on {split}", request, tags)
+    run.log_metrics([(0, {f"{split}/{name}": value for name, value in found.items()})])
+    for picture in pictures:
+        if storage.is_local(picture):
+            run.log_picture(picture)
+    run.finish("FINISHED")
 
 
 def _draw(model: Trained, reader: ShardReader, split: str, counts: Tensor, out: str) -> list[str]:

@@ -25,6 +25,16 @@ os.environ.update(
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def tracking_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Else a test that tracks something would leave a database in the working directory."""
+    patch = pytest.MonkeyPatch()
+    uri = f"sqlite:///{tmp_path_factory.mktemp('tracking') / 'vqray.db'}"
+    patch.setenv("MLFLOW_TRACKING_URI", uri)
+    yield uri
+    patch.undo()
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An S3-protocol server on loopback (moto: any credentials pass); the AWS_* variables then point to it."""

@@ -24,14 +24,6 @@ STEPS = 240
 NAME = "rotation_trick"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tracking_store(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('tracking') / 'vqray.db'}")
-    yield
-    patch.undo()
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> str:
     return make_shards(tmp_path_factory.mktemp("shards"))

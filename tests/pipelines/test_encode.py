@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipelines import loop, trained
+from pipelines import loop, tracking, trained
 from pipelines.encode import decode, encode, smallest_integer
 from pipelines.errors import Failed, Refused
 from pipelines.evaluate import evaluate
@@ -117,6 +117,10 @@ def test_metrics_are_those_of_the_whole_split_at_once(shards, bundle, codes, tmp
     assert found.metrics["usage"] == pytest.approx(float(metrics.usage(counts)))
     assert found.metrics["perplexity"] == pytest.approx(float(metrics.perplexity(counts)))
     assert found.metrics["bits_per_row"] == pytest.approx(16 * np.log2(12))
+    experiment = tracking.client().get_experiment_by_name("rotation_trick")
+    digest = found.digest
+    (run,) = tracking.client().search_runs([experiment.experiment_id], f"tags.bundle_digest = '{digest}'")
+    assert run.data.metrics["test/usage"] == found.metrics["usage"]
     for picture in found.pictures:
         assert Path(picture).read_bytes().startswith(b"\x89PNG")
     assert evaluate(bundle, shards, str(tmp_path / "evaluation"), "test").skipped
