@@ -121,6 +121,11 @@ def _spec(request: Request, reader: ShardReader, out: str) -> tuple[RunSpec, str
             f"{reader.uri} has no rows in its train split ({manifest.rows} rows in all): ingest more files"
             " or a smaller holdout."
         )
+    if request.seed < 0 or request.checkpoint_every < 1:
+        raise Refused(
+            f"--seed {request.seed} and --checkpoint-every {request.checkpoint_every} were given; a seed is 0 or more,"
+            " and there is a checkpoint every 1 or more steps."
+        )
     lanes = _recorded_lanes(out) or lanes_for(resolved.batch_size, request.workers)
     if request.workers > lanes:
         raise Refused(

@@ -3,6 +3,23 @@
 Paper: Fifty et al., "Restructuring Vector Quantization with the Rotation Trick", ICLR 2025, arXiv 2410.06424.
 Run:   vqray demo rotation_trick
        vqray train --recipe rotation_trick --shards shards/ --out runs/rotation [--set estimator=straight_through]
+Cost:  preset `small`, 300 steps of 64 images on two cores: about 50 s at 32 x 32 or 64 x 64. Preset `paper` is for GPUs
+       and was not run.
+
+Measured on the test split, preset `small` (K = 256, D = 32, EMA 0.8), 300 steps, two workers; mean of seeds 0, 1, 2
+(lowest to highest). The paper's row is Table 1, Euclidean, K = 1024 (validation loss; usage a batch of 256 images).
+
+                            quantization error            usage                 loss
+    Oxford-17, rotation     7.8e-4 (7.2e-4 to 8.4e-4)     88 % (84 to 94)       .0497 (.0485 to .0511)
+    Oxford-17, straight     10.6e-4 (10.4e-4 to 10.9e-4)  94 % (88 to 99)       .0477 (.0473 to .0482)
+    CIFAR-10, rotation      7.2e-4 (6.5e-4 to 7.6e-4)     88 % (80 to 92)       .0444 (.0422 to .0472)
+    CIFAR-10, straight      11.9e-4 (10.8e-4 to 13.6e-4)  93 % (87 to 96)       .0418 (.0391 to .0454)
+    paper, rotation         5.1e-4                        97 %                  .122
+    paper, straight         59e-4                         100 %                 .115
+
+As in the paper, rotation quantizes with less error, uses a little fewer codes and pays with a little more loss (on
+CIFAR-10 that last difference lies inside the spread). The factor in the error is 1.4 and 1.7 here, not 12: runs of 300
+steps from a k-means++ codebook, where the paper trains for 15,625 from random codes.
 """
 
 import itertools

@@ -127,6 +127,7 @@ def test_what_a_restart_cannot_mend_ends_the_run_at_once_with_its_own_words(shar
     [
         ({"workers": 64, "overrides": {"batch_size": 64}}, r"--workers 64 needs as many CPUs; this cluster has 4"),
         ({"workers": 16}, r"batch of 8 rows cannot be shared by 16 workers"),
+        ({"seed": -1}, r"--seed -1 and .* a seed is 0 or more"),
         ({"gpus_per_worker": 1.0}, r"needs 1 GPUs; this cluster has 0"),
         ({"overrides": {"num_cods": 3}}, r"no setting 'num_cods'; did you mean 'num_codes'"),
         ({"overrides": {"num_codes": 1}}, r"num_codes=1: .*greater than or equal to 2"),
