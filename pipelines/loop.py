@@ -159,6 +159,8 @@ def _one_step(
         return
     with ExitStack() as updates:
         for _, quantizer in trainee.quantizers:
+            if not quantizer.accumulates:
+                continue
             updates.enter_context(quantizer.accumulate(count=int(share.totals.get("vectors", share.totals["rows"]))))
         for group in trainee.groups.values():
             for parameter in group:

@@ -35,7 +35,7 @@ class Watch:
         self.steps = 0
         self.rows = 0.0
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
+        self.counts: dict[str, list[Tensor]] = {}
         self.spent = {"data": 0.0, "reduce": 0.0}
 
     def part(self, name: str) -> "_Timed":
@@ -49,8 +49,11 @@ class Watch:
         self.steps += 1
         self.rows += rows
         for name, quantizer in self.quantizers:
-            counts = quantizer.last_counts
-            self.counts[name] = self.counts[name] + counts if name in self.counts else counts.clone()
+            before = self.counts.get(name)
+            newest = quantizer.last_counts
+            self.counts[name] = (
+                [a + b for a, b in zip(before, newest, strict=True)] if before else [c.clone() for c in newest]
+            )
 
     def flush(self, totals: Totals) -> dict[str, float]:
         """Metrics since the newest flush. One small all-reduce; every worker must call it at the same step."""
@@ -63,8 +66,8 @@ class Watch:
             out = {f"train/{name}": value for name, value in zip(self.sums, means, strict=True)}
         for name, counts in self.counts.items():
             label = f"train/{name}/" if len(self.quantizers) > 1 else "train/"
-            out[f"{label}usage"] = float(metrics.usage(counts).mean())
-            out[f"{label}perplexity"] = float(metrics.perplexity(counts).mean())
+            out[f"{label}usage"] = sum(float(metrics.usage(level)) for level in counts) / len(counts)
+            out[f"{label}perplexity"] = sum(float(metrics.perplexity(level)) for level in counts) / len(counts)
         seconds = time.perf_counter() - self.began
         out["speed/steps_per_second"] = self.steps / seconds
         out["speed/rows_per_second"] = self.rows / seconds

@@ -1,6 +1,6 @@
 """Codebook: K vectors, the moving counts and sums they are read from, and whether they hold anything yet."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,6 +26,46 @@ def only(keep: Bool[Tensor, " N"], x: Float[Tensor, "N D"]) -> Float[Tensor, "N 
 def pick(vectors: Float[Tensor, "K D"], codes: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
     """`vectors[codes]`, 0 where a code is negative. Unchecked and free of host synchronisation; differentiable."""
     return only(codes >= 0, vectors.index_select(0, codes.clamp(min=0)))
+
+
+def record(book: Any, counts: Float64[Tensor, " K"], decay: float) -> Float64[Tensor, ""]:
+    """Let the global `counts` of one update enter `book.counts`, and count the update; counts of 0 everywhere change
+    nothing. Returns the weight that the update has in the moving average: 1 - decay, or 0."""
+    some = counts.sum() > 0
+    fresh = (1.0 - decay) * some.double()  # bool times float would be float32
+    book.step += some
+    book.last_counts.copy_(torch.where(some, counts, book.last_counts))
+    book.counts.lerp_(counts, fresh)
+    return fresh
+
+
+def checked(codes: Int[Tensor, "*shape"], num_codes: int, device: torch.device) -> Int64[Tensor, " N"]:
+    """`codes` as flat int64 on `device`. Raises ValueError where one is neither in [0, num_codes) nor -1."""
+    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise ValueError(f"codes are {codes.dtype}; they must be integers in [0, {num_codes}), or -1 for masked")
+    flat = codes.reshape(-1).to(device, torch.int64)
+    if flat.numel():
+        low, high = (int(bound) for bound in torch.aminmax(flat))
+        if low < -1 or high >= num_codes:
+            raise ValueError(
+                f"codes run from {low} to {high}; this codebook has codes 0 to {num_codes - 1} "
+                "(-1 = masked). Were they made with another codebook?"
+            )
+    return flat
+
+
+def precise(fn: Callable[[Tensor], Tensor], state: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn` of Module._apply (`.to`, `.half`, `.cuda` ...), nothing going below float32; `state` stays float64."""
+    exact = {id(tensor) for tensor in state}
+
+    def keep_precision(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        low = moved.is_floating_point() and torch.finfo(moved.dtype).bits < 32
+        if low or (id(tensor) in exact and moved.dtype != torch.float64):
+            return tensor.to(moved.device)
+        return moved
+
+    return keep_precision
 
 
 class Codebook(nn.Module):
@@ -69,6 +109,11 @@ class Codebook(nn.Module):
         self._known_seeded = False  # a book never becomes unseeded except by loading; spares a host sync a step
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Type of the vectors: float32, or float64 in the float64 test mode."""
+        return self.vectors.dtype
+
+    @property
     def is_seeded(self) -> bool:
         if not self._known_seeded:
             self._known_seeded = bool(self.seeded)
@@ -90,18 +135,7 @@ class Codebook(nn.Module):
         Raises ValueError for other codes outside [0, K) or a type that is not integer, RuntimeError while unseeded.
         """
         self.require_seeded()
-        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
-            raise ValueError(
-                f"codes are {codes.dtype}; they must be integers in [0, {self.num_codes}), or -1 for masked"
-            )
-        flat = codes.reshape(-1).to(self.vectors.device, torch.int64)
-        if flat.numel():
-            low, high = (int(bound) for bound in torch.aminmax(flat))
-            if low < -1 or high >= self.num_codes:
-                raise ValueError(
-                    f"codes run from {low} to {high}; this codebook has codes 0 to {self.num_codes - 1} "
-                    "(-1 = masked). Were they made with another codebook?"
-                )
+        flat = checked(codes, self.num_codes, self.vectors.device)
         return pick(self.readable(), flat).reshape(*codes.shape, self.code_dim)
 
     def require_seeded(self) -> None:
@@ -145,11 +179,7 @@ class Codebook(nn.Module):
         Global counts of 0 change nothing at all, without asking the device whether they were 0.
         `sums` is None where the book is learned.
         """
-        some = counts.sum() > 0
-        fresh = (1.0 - decay) * some.double()  # bool times float would be float32
-        self.step += some
-        self.last_counts.copy_(torch.where(some, counts, self.last_counts))
-        self.counts.lerp_(counts, fresh)
+        fresh = record(self, counts, decay)
         self.revived = None
         if sums is None:
             return
@@ -175,16 +205,7 @@ class Codebook(nn.Module):
         self.revived = torch.zeros_like(self.counts, dtype=torch.bool).index_fill_(0, codes, True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Codebook":
-        state = {id(tensor) for tensor in (self.counts, self.sums, self.last_counts)}
-
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            low = moved.is_floating_point() and torch.finfo(moved.dtype).bits < 32
-            if low or (id(tensor) in state and moved.dtype != torch.float64):
-                return tensor.to(moved.device)
-            return moved
-
-        super()._apply(keep_precision, recurse)
+        super()._apply(precise(fn, (self.counts, self.sums, self.last_counts)), recurse)
         return self
 
     def _load_from_state_dict(

@@ -1,7 +1,8 @@
 """One synchronised update of one or several codebooks: local statistics, one reduce, EMA, revival."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -9,7 +10,10 @@ from torch import Tensor
 
 from vqcore import noise
 from vqcore.codebook import Codebook
+from vqcore.derived import DerivedCodebook
 from vqcore.reduction import Reduction
+
+Book = Codebook | DerivedCodebook
 
 COUNT_DECAY = 0.99
 """Decay of the counts of a codebook that is learned by gradient: there they only tell which codes are dead."""
@@ -34,6 +38,9 @@ class Rule:
     """Seed of the races that draw replacements."""
     level: int = 0
     """Which level of a residual quantizer this is: every level races on its own."""
+    move: Callable[[Any, Tensor, Tensor | None, float, float], None] | None = None
+    """(book, global counts, global sums, decay, eps) -> moves the book; None: `book.ema_update`. A module-level
+    function, for the systems whose source updates by another rule."""
 
     @property
     def revived_count(self) -> float:
@@ -44,11 +51,11 @@ class Rule:
 class Statistics:
     """This worker's counts and sums for one codebook over the forwards of one update, and candidates for revival."""
 
-    def __init__(self, book: Codebook, rule: Rule) -> None:
+    def __init__(self, book: Book, rule: Rule) -> None:
         self.book = book
         self.rule = rule
         length = book.num_codes * (1 if rule.decay is None else 1 + book.code_dim)
-        self.packed = torch.zeros(length, dtype=torch.float64, device=book.vectors.device)
+        self.packed = torch.zeros(length, dtype=torch.float64, device=book.counts.device)
         """Counts [K], then sums [K x D] where the rule has a decay: what the one reduce of the update carries."""
         self.seen = 0
         """Vectors offered so far, valid or not: where the default keys of the next forward begin."""
@@ -133,7 +140,11 @@ def update(statistics: Sequence[Statistics], reduce: Reduction) -> None:
             one.packed.copy_(part)
     for one in statistics:
         counts, sums = one.split()
-        one.book.ema_update(counts, sums, COUNT_DECAY if one.rule.decay is None else one.rule.decay, one.rule.eps)
+        decay = COUNT_DECAY if one.rule.decay is None else one.rule.decay
+        if one.rule.move is None:
+            one.book.ema_update(counts, sums, decay, one.rule.eps)
+        else:
+            one.rule.move(one.book, counts, sums, decay, one.rule.eps)
     _revive([one for one in statistics if one.rule.revive_below > 0], reduce)
 
 

@@ -5,8 +5,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+
+from vqcore.quantizers.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,40 @@ class Quantized:
     """This worker's number of vectors that were neither masked nor non-finite."""
     non_finite: Int64[Tensor, ""]
     """This worker's number of unmasked vectors that were dropped because they held a NaN or an infinity."""
+
+
+def quantized(
+    x: Float[Tensor, "... D"],
+    rows: Rows,
+    vectors: Float[Tensor, "N D"],
+    codes: Int64[Tensor, "N ..."],
+    loss: Float[Tensor, ""],
+    squared_error: Float[Tensor, ""],
+) -> Quantized:
+    """Flat results in the shape of the input `x` that `rows` were made of."""
+    return Quantized(
+        vectors=vectors.reshape(x.shape),
+        codes=codes.reshape(*x.shape[:-1], *codes.shape[1:]),
+        loss=loss,
+        squared_error=squared_error.detach().double(),
+        valid=rows.valid.sum(),
+        non_finite=rows.non_finite,
+    )
+
+
+def passed_on(x: Float[Tensor, "... D"], rows: Rows, levels: tuple[int, ...] = ()) -> Quantized:
+    """What a training forward returns while seeding gathers: x itself, codes -1, loss 0 attached to the graph.
+
+    `levels` is the trailing shape of the codes of quantizers that have several a vector."""
+    codes = torch.full((len(rows.x), *levels), -1, dtype=torch.int64, device=rows.x.device)
+    loss = (rows.x * 0.0).sum()
+    return quantized(x, rows, rows.x, codes, loss, torch.zeros_like(loss))
+
+
+def per_element(count: Tensor, world: int, code_dim: int) -> Tensor:
+    """W / (n D): what turns a worker's sum of squares into a loss whose mean over workers is the global mean over
+    vectors and D; 0 where the global count n is 0."""
+    return torch.where(count > 0, world / (code_dim * count.clamp(min=1).double()), 0.0)
 
 
 class VectorBatch(NamedTuple):
@@ -46,11 +83,15 @@ class Quantizer(Protocol):
     def seeded(self) -> bool: ...
 
     @property
-    def last_counts(self) -> Tensor:
-        """float64 [K] (or [L, K]): global number of vectors per code in the newest update; zeros before the first."""
+    def last_counts(self) -> tuple[Tensor, ...]:
+        """float64 [K] for each level: global number of vectors per code in the newest update, 0 before the first."""
 
     def seed(self, batches: Iterable[VectorBatch]) -> str:
         """Set the codebook from data, the same for any number of workers. Returns a sentence saying what was used."""
+
+    accumulates: bool
+    """False where the source's order of look-up and update rules `accumulate` out; such a quantizer refuses it, and
+    whoever trains it takes one forward a step."""
 
     def accumulate(self, count: int | None = None) -> AbstractContextManager[None]:
         """Several forwards with the old codebook, then one reduce and one update when the context closes."""

@@ -1,9 +1,7 @@
 """Vector quantization: one codebook, nearest code, moving averages or gradients."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
 from typing import get_args
 
 import torch
@@ -13,22 +11,15 @@ from torch import Tensor, nn
 from vqcore import assign, losses
 from vqcore.codebook import Codebook, only, pick, unit
 from vqcore.estimators import straight_through
-from vqcore.quantizers.contract import Quantized, VectorBatch
+from vqcore.quantizers.arguments import check_rule, check_sizes, check_weights
+from vqcore.quantizers.contract import Quantized, VectorBatch, passed_on, per_element, quantized
 from vqcore.quantizers.rows import Rows, full_precision, keys_of, rows_of
+from vqcore.quantizers.updates import Updates
 from vqcore.reduction import Reduction, resolve
 from vqcore.seeding import Metric, Offer, Seeding, draw_sample, share
-from vqcore.update import Rule, Statistics, update
+from vqcore.update import Rule
 
 Estimator = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass
-class _Open:
-    """An update that `accumulate` has begun."""
-
-    count: int | None
-    statistics: Statistics
-    offers: list[Offer] = field(default_factory=list)
 
 
 class VectorQuantizer(nn.Module):
@@ -60,6 +51,7 @@ class VectorQuantizer(nn.Module):
     """
 
     discrete = True
+    accumulates = True
 
     def __init__(
         self,
@@ -77,18 +69,20 @@ class VectorQuantizer(nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.rule = Rule(decay=decay, revive_below=revive_below, eps=eps, seed=seed)
-        _check(self.rule, num_codes, code_dim, metric, commitment_weight)
+        rule = Rule(decay=decay, revive_below=revive_below, eps=eps, seed=seed)
+        check_rule(rule)
+        check_sizes(num_codes=num_codes, code_dim=code_dim)
+        check_weights(commitment_weight=commitment_weight)
+        if metric not in get_args(Metric):
+            raise ValueError(f"metric is {metric!r}; it must be one of {', '.join(get_args(Metric))}")
         self.num_codes = num_codes
         self.code_dim = code_dim
         self.metric = metric
         self.commitment_weight = commitment_weight
         self.estimator = estimator
         self.seeding = seeding
-        self.reduce = reduce
         self.codebook = Codebook(num_codes, code_dim, unit_norm=metric == "cosine", learned=decay is None)
-        self._open: _Open | None = None
-        self._gathered: list[Offer] = []
+        self._updates = Updates([self.codebook], [rule], reduce, needed=num_codes, seed=self._seed_from)
         if seeding is None:
             generator = torch.Generator().manual_seed(seed)
             drawn = torch.randn(num_codes, code_dim, generator=generator, dtype=torch.float32, device="cpu")
@@ -96,7 +90,8 @@ class VectorQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         name = getattr(self.estimator, "__name__", repr(self.estimator))
-        return f"metric={self.metric}, decay={self.rule.decay}, estimator={name}, revive_below={self.rule.revive_below}"
+        rule = self._updates.rules[0]
+        return f"metric={self.metric}, decay={rule.decay}, estimator={name}, revive_below={rule.revive_below}"
 
     @property
     def seeded(self) -> bool:
@@ -104,9 +99,9 @@ class VectorQuantizer(nn.Module):
         return self.codebook.is_seeded
 
     @property
-    def last_counts(self) -> Tensor:
-        """float64 [K]: global number of vectors per code in the newest update; zeros before the first."""
-        return self.codebook.last_counts
+    def last_counts(self) -> tuple[Tensor, ...]:
+        """One float64 [K]: global number of vectors per code in the newest update; zeros before the first."""
+        return (self.codebook.last_counts,)
 
     def revived_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
         """The codebook and its rows revived in the newest update, where it is a parameter and there are any."""
@@ -142,9 +137,8 @@ class VectorQuantizer(nn.Module):
                 output = only(rows.valid, self.estimator(rows.x, chosen))
             else:
                 count, world, output = rows.valid.sum(), 1, chosen
-            scale = torch.where(count > 0, world / (self.code_dim * count.clamp(min=1).double()), 0.0)
-            loss = (objective * scale).to(rows.x.dtype)
-        return _quantized(x, rows, output, codes, loss, squared.detach())
+            loss = (objective * per_element(count, world, self.code_dim)).to(rows.x.dtype)
+        return quantized(x, rows, output, codes, loss, squared)
 
     @torch.no_grad()
     def assign(
@@ -160,8 +154,7 @@ class VectorQuantizer(nn.Module):
         """Vectors of `codes`; -1 gives 0, others outside [0, K) raise ValueError."""
         return self.codebook.look_up(codes)
 
-    @contextmanager
-    def accumulate(self, count: int | None = None) -> Iterator[None]:
+    def accumulate(self, count: int | None = None) -> AbstractContextManager[None]:
         """Forwards inside use the old codebook; on exit one reduce and one update for all of them.
 
         `count` is the global number of valid vectors of the whole block: each forward's loss is W x sum / count, so
@@ -169,23 +162,7 @@ class VectorQuantizer(nn.Module):
         global batch, which costs one reduce of one number a forward and needs all workers to make equally many.
         An exception leaves the state as it was. Entered in eval mode it does nothing. It does not nest.
         """
-        if self._open is not None:
-            raise RuntimeError("accumulate is already open on this quantizer; close it before opening another")
-        if count is not None and count < 0:
-            raise ValueError(f"count is {count}; it is a number of vectors, so at least 0")
-        if not self.training:
-            yield
-            return
-        opened = self._open = _Open(count, Statistics(self.codebook, self.rule))
-        try:
-            yield
-        finally:
-            self._open = None
-        reduce = resolve(self.reduce)
-        if self.seeded:
-            update([opened.statistics], reduce)
-        else:
-            self._seed_when_enough(opened.offers, reduce)
+        return self._updates.accumulate(count, self.training)
 
     def seed(self, batches: Iterable[VectorBatch]) -> str:
         """Set the codebook from this worker's `batches`, all workers together; returns a sentence on what was used.
@@ -202,19 +179,19 @@ class VectorQuantizer(nn.Module):
                 "this quantizer drew its codebook from N(0, 1) (seeding=None); build it with "
                 "seeding=vqcore.seeding.kmeans_plus_plus to seed it from data, or call codebook.set_vectors(v)"
             )
-        reduce = resolve(self.reduce)
-        book, seed = self.codebook, self.rule.seed
-        sample = draw_sample(offers, book.vectors.detach(), seed=seed, reduce=reduce, level=self.rule.level)
+        reduce, rule = resolve(self._updates.reduce), self._updates.rules[0]
+        book, seed = self.codebook, rule.seed
+        sample = draw_sample(offers, book.vectors.detach(), seed=seed, reduce=reduce)
         with full_precision(book.vectors.device):
             vectors = self.seeding(sample.rows, self.num_codes, metric=self.metric, seed=seed)
-        book.set_vectors(share(vectors, reduce), self.rule.revived_count)
-        self._gathered = []
+        book.set_vectors(share(vectors, reduce), rule.revived_count)
+        self._updates.forget()
         name = getattr(self.seeding, "__name__", repr(self.seeding))
         left_out = f"; {sample.non_finite} more were not finite" if sample.non_finite else ""
         return f"{self.num_codes} codes by {name} from {len(sample.rows)} of {sample.seen} vectors{left_out}"
 
     def _offers(self, batches: Iterable[VectorBatch]) -> Iterator[Offer]:
-        rank, seen = resolve(self.reduce).rank, 0
+        rank, seen = resolve(self._updates.reduce).rank, 0
         for x, mask, keys in batches:
             named = keys_of(keys, x, rank, seen)
             seen += len(named)
@@ -229,23 +206,9 @@ class VectorQuantizer(nn.Module):
 
     def _gather(self, given: Rows, x: Tensor, keys: Tensor | None) -> Quantized:
         """Keep the vectors and pass x on, until all workers together can seed."""
-        reduce = resolve(self.reduce)
-        kept = self._open.offers if self._open else []
-        seen = sum(len(offer.keys) for offer in (*self._gathered, *kept))
-        kept.append(self._offer(given, keys_of(keys, x, reduce.rank, seen)))
-        if self._open is None:
-            self._seed_when_enough(kept, reduce)
-        codes = torch.full_like(given.valid, -1, dtype=torch.int64)
-        loss = (given.x * 0.0).sum()
-        return _quantized(x, given, given.x, codes, loss, torch.zeros_like(loss.detach(), dtype=torch.float64))
-
-    def _seed_when_enough(self, offers: list[Offer], reduce: Reduction) -> None:
-        self._gathered += offers
-        usable = torch.zeros((), dtype=torch.float64, device=self.codebook.counts.device)
-        usable += sum(int(offer.usable.sum()) for offer in self._gathered)
-        reduce(usable)
-        if usable >= self.num_codes:
-            self._seed_from(self._gathered)
+        rank = resolve(self._updates.reduce).rank
+        self._updates.gather(self._offer(given, keys_of(keys, x, rank, self._updates.gathered)))
+        return passed_on(x, given)
 
     def _on_sphere(self, rows: Rows) -> Rows:
         return rows._replace(x=unit(rows.x)) if self.metric == "cosine" else rows
@@ -264,40 +227,9 @@ class VectorQuantizer(nn.Module):
 
     def _learn(self, rows: Rows, codes: Tensor, x: Tensor, keys: Tensor | None) -> tuple[Tensor, int]:
         """Add to the statistics and, outside `accumulate`, update. Returns what the loss divides by, and W."""
-        reduce = resolve(self.reduce)
-        statistics = self._open.statistics if self._open else Statistics(self.codebook, self.rule)
-        named = keys_of(keys, x, reduce.rank, statistics.seen) if self.rule.revive_below > 0 else None
-        statistics.add(rows.x, codes, named)
-        if self._open is None:
-            update([statistics], reduce)
-            return statistics.split()[0].sum(), reduce.world
-        if self._open.count is not None:
-            return torch.tensor(self._open.count, dtype=torch.float64, device=x.device), reduce.world
-        count = rows.valid.sum().double()
-        reduce(count)
-        return count, reduce.world
-
-
-def _quantized(x: Tensor, rows: Rows, vectors: Tensor, codes: Tensor, loss: Tensor, squared_error: Tensor) -> Quantized:
-    return Quantized(
-        vectors=vectors.reshape(x.shape),
-        codes=codes.reshape(x.shape[:-1]),
-        loss=loss,
-        squared_error=squared_error,
-        valid=rows.valid.sum(),
-        non_finite=rows.non_finite,
-    )
-
-
-def _check(rule: Rule, num_codes: int, code_dim: int, metric: str, commitment_weight: float) -> None:
-    for name, size in (("num_codes", num_codes), ("code_dim", code_dim)):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} is {size!r}; it must be a whole number of at least 1")
-    if metric not in get_args(Metric):
-        raise ValueError(f"metric is {metric!r}; it must be one of {', '.join(get_args(Metric))}")
-    if rule.decay is not None and not 0.0 <= rule.decay < 1.0:
-        raise ValueError(f"decay is {rule.decay}; it must lie in [0, 1), or be None to learn the codebook by gradient")
-    weights = (("commitment_weight", commitment_weight), ("revive_below", rule.revive_below), ("eps", rule.eps))
-    for name, value in weights:
-        if not 0.0 <= value < math.inf:
-            raise ValueError(f"{name} is {value}; it must be 0 or a positive number")
+        statistics = self._updates.begin()
+        named = None
+        if statistics[0].rule.revive_below > 0:
+            named = keys_of(keys, x, resolve(self._updates.reduce).rank, statistics[0].seen)
+        statistics[0].add(rows.x, codes, named)
+        return self._updates.end(statistics, rows.valid)

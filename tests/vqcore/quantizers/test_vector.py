@@ -14,6 +14,7 @@ from tests.together import Seat, together
 from vqcore.estimators import rotate, straight_through
 from vqcore.quantizers import Quantized, Quantizer, VectorBatch, VectorQuantizer
 from vqcore.seeding import kmeans_plus_plus, random_rows
+from vqcore.update import Rule
 
 K, D = 12, 4
 KINDS = [
@@ -126,7 +127,7 @@ def test_steps_match_a_numpy_reference() -> None:
         read = s / ((c + 0.1) / (c.sum() + K * 0.1) * c.sum())[:, None]
         v = np.where((counts > 0)[:, None], read, v).astype(np.float32).astype(np.float64)
         np.testing.assert_allclose(q.codebook.vectors.numpy(), v, rtol=1e-6, atol=1e-7)
-        assert q.last_counts.tolist() == counts.tolist()
+        assert q.last_counts[0].tolist() == counts.tolist()
 
 
 def test_fifty_steps_match_vector_quantize_pytorch() -> None:
@@ -355,7 +356,7 @@ def test_a_revived_parameter_is_reported_once() -> None:
     assert parameter is q.codebook.vectors
     assert int(rows.sum()) == 3
     assert ((parameter[rows] - 4).abs() < 4).all()
-    q.rule = type(q.rule)(decay=None, revive_below=0.0, eps=1e-5, seed=2)
+    q._updates.rules[0] = Rule(decay=None, revive_below=0.0, eps=1e-5, seed=2)
     q(4 + drawn(0, 3, D))
     assert q.revived_parameters() == []
     assert made(revive_below=1.0).revived_parameters() == []
@@ -395,7 +396,7 @@ def test_accumulate_equals_one_forward_on_all(kind: dict[str, Any]) -> None:
         assert torch.equal(torch.cat([out.codes for out in outs]), wanted.codes)
         torch.testing.assert_close(sum(out.loss for out in outs), wanted.loss)
         torch.testing.assert_close(parts.grad, x.grad)
-        assert torch.equal(q.last_counts, whole.last_counts)
+        assert torch.equal(q.last_counts[0], whole.last_counts[0])
         assert_same_state(q, whole)
         revived += whole.codebook.revived is not None
         if kind["decay"] is None:
@@ -712,7 +713,7 @@ def test_the_float64_mode_keeps_float64() -> None:
     x = drawn(1, 30, D).double()
     out = q(x)
     assert out.vectors.dtype == out.loss.dtype == q.codebook.vectors.dtype == torch.float64
-    chosen = q.last_counts > 0
+    chosen = q.last_counts[0] > 0
     wanted = q.codebook.sums / q.codebook.counts.unsqueeze(-1)
     torch.testing.assert_close(q.codebook.vectors[chosen], wanted[chosen], rtol=1e-4, atol=0)
     assert (q.codebook.vectors != q.codebook.vectors.float().double()).any()
