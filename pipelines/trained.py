@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from vqcore.bundle import read_bundle, read_card, write_bundle
 
 from pipelines import recipe, storage
 from pipelines.errors import Failed, Refused
 from pipelines.options import differences
 from pipelines.recipe import Recipe, Settings
+from vqcore.bundle import read_bundle, read_card, write_bundle
 
 PACKAGES = ("vqray", "torch", "numpy", "pyarrow", "ray", "mlflow", "safetensors")
 
