@@ -4,6 +4,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from pipelines import cluster, corpora, packages, recipe, registry, tracking
 from pipelines.encode import decode, encode
 from pipelines.errors import Refused
@@ -56,10 +58,14 @@ def demo(name: str, out: Path, workers: int = 2) -> DemoResult:
         )
     )
     say("register and pull back")
-    published = registry.publish(registry.local_bundle(run.out), f"{name}-demo", run_id=run.run_id)
-    registry.promote(f"{published.name}@v{published.version}", ALIAS)
-    ref = f"{published.name}@{ALIAS}"
-    pulled = registry.pull(ref, str(out / "bundle"))
+    ref = f"{name}-demo@{ALIAS}"
+    with tqdm(total=3, desc="registry", unit="step", file=sys.stderr) as bar:
+        published = registry.publish(registry.local_bundle(run.out), f"{name}-demo", run_id=run.run_id)
+        bar.update()
+        registry.promote(f"{published.name}@v{published.version}", ALIAS)
+        bar.update()
+        pulled = registry.pull(ref, str(out / "bundle"))
+        bar.update()
     say("evaluate the test split")
     test = evaluate(pulled.out, rows.out, str(out / "evaluation"), "test")
     say("encode the test split and decode it")
@@ -79,11 +85,13 @@ def demo(name: str, out: Path, workers: int = 2) -> DemoResult:
 
 def _story(name: str, out: Path, rows: IngestResult, test: Evaluation, ref: str, where: str) -> list[str]:
     m = test.metrics
+    # Results hold absolute paths; under `out`, which may be relative, they are shorter to read.
+    pictures = [str(out / "evaluation" / Path(picture).name) for picture in test.pictures]
     return [
         f"made   {rows.rows:,} rows in {out / 'shards'}; a codebook of {m['num_codes']:.0f} codes,"
         f" {m['usage']:.0%} of them used on {m['rows']:.0f} test rows (perplexity {m['perplexity']:.0f})",
         f"where  {ref} in the registry at {where}; the run in {out / 'run'}",
-        f"look   {' and '.join(test.pictures)}: originals over what their codes give back",
+        f"look   {' and '.join(pictures)}: originals over what their codes give back; how often each code is used",
         f"files  codes of the test split in {out / 'codes'} ({m['bits_per_row']:.0f} bits a row),"
         f" decoded pictures in {out / 'restored'}",
         f"next   vqray train --recipe {name} --shards {out / 'shards'} --out runs/512 --set num_codes=512",
