@@ -27,9 +27,10 @@ class DemoResult:
     pictures: list[str]
     story: list[str]
     """What was made, where, and what to try next, in five lines."""
+    skipped: bool
 
 
-def demo(name: str, out: Path, workers: int = 2) -> DemoResult:
+def demo(name: str, out: Path) -> DemoResult:
     """Ingest, train, register, pull, evaluate, encode and decode the recipe's demo data under `out`.
 
     Every stage is the verb's own function, so an interrupted demo goes on where it stopped.
@@ -50,11 +51,17 @@ def demo(name: str, out: Path, workers: int = 2) -> DemoResult:
     say("ingest")
     settings = validated(corpora.load(kind).Settings, data.ingest, f"corpus {kind!r}")
     rows = ingest(kind, [str(photos)], str(out / "shards"), settings=settings)
+    workers = min(2, cluster.cpus())
     say(f"train on {workers} workers")
-    count = min(workers, cluster.cpus())
     run = train(
         Request(
-            name, rows.out, str(out / "run"), preset="small", overrides=data.train, workers=count, checkpoint_every=200
+            name,
+            rows.out,
+            str(out / "run"),
+            preset="small",
+            overrides=data.train,
+            workers=workers,
+            checkpoint_every=200,
         )
     )
     say("register and pull back")
@@ -70,7 +77,7 @@ def demo(name: str, out: Path, workers: int = 2) -> DemoResult:
     test = evaluate(pulled.out, rows.out, str(out / "evaluation"), "test")
     say("encode the test split and decode it")
     codes = encode(pulled.out, rows.out, str(out / "codes"), split="test")
-    decode(pulled.out, codes.out, str(out / "restored"), files=True)
+    restored = decode(pulled.out, codes.out, str(out / "restored"), files=True)
     story = _story(name, out, rows, test, f"{ref} = v{published.version}", tracking.where())
     return DemoResult(
         out=str(out),
@@ -80,6 +87,7 @@ def demo(name: str, out: Path, workers: int = 2) -> DemoResult:
         metrics=test.metrics,
         pictures=test.pictures,
         story=story,
+        skipped=all(stage.skipped for stage in (rows, run, published, pulled, test, codes, restored)),
     )
 
 
