@@ -25,7 +25,7 @@ class Checkpoint:
     step: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
-    """JSON values beside the tensors: optimiser hyper-parameters, running totals, the seeding's sentence."""
+    """JSON values beside the tensors: what optimisers hold besides, and the run's totals."""
 
 
 class Checkpoints:

@@ -49,9 +49,7 @@ class Plan:
             row_order: `sequential` walks every lane from its first row to its last.
         """
         if rows < 1:
-            raise Refused(
-                "the split has no rows to read; ingest more, or give a larger --set holdout or another split."
-            )
+            raise Refused("the split has no rows to read; ingest more, or name another split.")
         if lanes < 1 or batch % lanes:
             raise Refused(f"{lanes} lanes do not divide a batch of {batch} rows; use lanes_for(batch, workers).")
         if row_order not in ("shuffled", "sequential"):

@@ -49,7 +49,7 @@ def assert_same_weights(out: Path, weights: dict) -> None:
         assert tensor.equal(weights[name]), name
 
 
-def wait_for_checkpoint(out: Path, seconds: float = 120) -> None:
+def wait_for_checkpoint(out: Path, seconds: float = 400) -> None:
     until = time.monotonic() + seconds
     while not Checkpoints(str(out)).complete():
         assert time.monotonic() < until, "no checkpoint was written"
@@ -93,11 +93,13 @@ def test_a_killed_driver_leaves_checkpoints_from_which_the_same_command_goes_on(
     ]  # fmt: skip
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'vqray.db'}"}
     first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    wait_for_checkpoint(out)
-    family = psutil.Process(first.pid).children(recursive=True)
-    names = {process.pid: " ".join(process.cmdline()) for process in family}
-    first.kill()
-    first.wait()
+    try:
+        wait_for_checkpoint(out)
+    finally:
+        family = psutil.Process(first.pid).children(recursive=True)
+        names = {process.pid: " ".join(process.cmdline()) for process in family}
+        first.kill()
+        first.wait()
     workers = [process for process in family if "RayTrainWorker" in names[process.pid]]
     assert len(workers) == 2
     _, alive = psutil.wait_procs(workers, timeout=30)
