@@ -72,6 +72,8 @@ def _carry_out(verb: str, run: Any, arguments: argparse.Namespace) -> int:
         print(f"\nvqray {verb}: stopped. Run the same command again to go on from here.", file=sys.stderr)
         return 1
     seconds = round(time.perf_counter() - began, 2)
+    if result.get("skipped"):
+        print(f"vqray {verb}: this was done before; nothing to do", file=sys.stderr)
     print(json.dumps({**result, "seconds": seconds, "skipped": bool(result.get("skipped", False))}))
     return 0
 

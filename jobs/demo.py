@@ -14,12 +14,11 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", default="rotation_trick", help="a recipe that names demo data")
     parser.add_argument("--out", type=Path, help="where everything goes (demo/RECIPE)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="Ray Train workers (2)")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from pipelines.demo import demo
 
-    result = vars(demo(arguments.recipe, arguments.out or Path("demo") / arguments.recipe, arguments.workers))
+    result = vars(demo(arguments.recipe, arguments.out or Path("demo") / arguments.recipe))
     print("\n" + "\n".join(result.pop("story")), file=sys.stderr)
     return result

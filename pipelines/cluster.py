@@ -66,7 +66,7 @@ def require_free_cpu(patience: float = 300.0) -> None:
             ray.cancel(waiting[0], force=True)
             raise Failed(
                 f"no CPU became free within {patience:g} s; the cluster has {cpus()}. "
-                "Wait for other jobs or stop one (`vqray jobs`), then run this again: it goes on where it stopped."
+                "Wait for other jobs or stop one, then run this again: it goes on where it stopped."
             )
 
 

@@ -4,6 +4,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from pipelines import cluster, corpora, packages, recipe, registry, tracking
 from pipelines.encode import decode, encode
 from pipelines.errors import Refused
@@ -25,9 +27,10 @@ class DemoResult:
     pictures: list[str]
     story: list[str]
     """What was made, where, and what to try next, in five lines."""
+    skipped: bool
 
 
-def demo(name: str, out: Path, workers: int = 2) -> DemoResult:
+def demo(name: str, out: Path) -> DemoResult:
     """Ingest, train, register, pull, evaluate, encode and decode the recipe's demo data under `out`.
 
     Every stage is the verb's own function, so an interrupted demo goes on where it stopped.
@@ -48,23 +51,33 @@ def demo(name: str, out: Path, workers: int = 2) -> DemoResult:
     say("ingest")
     settings = validated(corpora.load(kind).Settings, data.ingest, f"corpus {kind!r}")
     rows = ingest(kind, [str(photos)], str(out / "shards"), settings=settings)
+    workers = min(2, cluster.cpus())
     say(f"train on {workers} workers")
-    count = min(workers, cluster.cpus())
     run = train(
         Request(
-            name, rows.out, str(out / "run"), preset="small", overrides=data.train, workers=count, checkpoint_every=200
+            name,
+            rows.out,
+            str(out / "run"),
+            preset="small",
+            overrides=data.train,
+            workers=workers,
+            checkpoint_every=200,
         )
     )
     say("register and pull back")
-    published = registry.publish(registry.local_bundle(run.out), f"{name}-demo", run_id=run.run_id)
-    registry.promote(f"{published.name}@v{published.version}", ALIAS)
-    ref = f"{published.name}@{ALIAS}"
-    pulled = registry.pull(ref, str(out / "bundle"))
+    ref = f"{name}-demo@{ALIAS}"
+    with tqdm(total=3, desc="registry", unit="step", file=sys.stderr) as bar:
+        published = registry.publish(registry.local_bundle(run.out), f"{name}-demo", run_id=run.run_id)
+        bar.update()
+        registry.promote(f"{published.name}@v{published.version}", ALIAS)
+        bar.update()
+        pulled = registry.pull(ref, str(out / "bundle"))
+        bar.update()
     say("evaluate the test split")
     test = evaluate(pulled.out, rows.out, str(out / "evaluation"), "test")
     say("encode the test split and decode it")
     codes = encode(pulled.out, rows.out, str(out / "codes"), split="test")
-    decode(pulled.out, codes.out, str(out / "restored"), files=True)
+    restored = decode(pulled.out, codes.out, str(out / "restored"), files=True)
     story = _story(name, out, rows, test, f"{ref} = v{published.version}", tracking.where())
     return DemoResult(
         out=str(out),
@@ -74,16 +87,19 @@ def demo(name: str, out: Path, workers: int = 2) -> DemoResult:
         metrics=test.metrics,
         pictures=test.pictures,
         story=story,
+        skipped=all(stage.skipped for stage in (rows, run, published, pulled, test, codes, restored)),
     )
 
 
 def _story(name: str, out: Path, rows: IngestResult, test: Evaluation, ref: str, where: str) -> list[str]:
     m = test.metrics
+    # Results hold absolute paths; under `out`, which may be relative, they are shorter to read.
+    pictures = [str(out / "evaluation" / Path(picture).name) for picture in test.pictures]
     return [
         f"made   {rows.rows:,} rows in {out / 'shards'}; a codebook of {m['num_codes']:.0f} codes,"
         f" {m['usage']:.0%} of them used on {m['rows']:.0f} test rows (perplexity {m['perplexity']:.0f})",
         f"where  {ref} in the registry at {where}; the run in {out / 'run'}",
-        f"look   {' and '.join(test.pictures)}: originals over what their codes give back",
+        f"look   {' and '.join(pictures)}: originals over what their codes give back; how often each code is used",
         f"files  codes of the test split in {out / 'codes'} ({m['bits_per_row']:.0f} bits a row),"
         f" decoded pictures in {out / 'restored'}",
         f"next   vqray train --recipe {name} --shards {out / 'shards'} --out runs/512 --set num_codes=512",

@@ -123,7 +123,7 @@ def ingest(
     manifest = load_manifest(out)
     if parquet:
         export_parquet(out)
-    _tell(f"{out} was already finished: {manifest.units.kept} rows, nothing to do" if skipped else _summary(manifest))
+    _tell(_summary(manifest))
     return IngestResult(
         out,
         manifest.digest,

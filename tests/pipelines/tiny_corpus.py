@@ -61,4 +61,4 @@ def never(*_: object) -> Any:
     raise NotImplementedError
 
 
-corpus = Corpus(TinySettings, survey, read, schema, never, never)
+corpus = Corpus(TinySettings, survey, read, schema, never, never, never)
