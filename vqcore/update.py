@@ -69,20 +69,30 @@ class Statistics:
         sums = None if self.rule.decay is None else self.packed[k:].view(k, self.book.code_dim)
         return self.packed[:k], sums
 
+    def total(self) -> Float64[Tensor, ""]:
+        """Number of vectors counted; of all workers after the update. Shares of 1/m only add up to it by rounding."""
+        return self.split()[0].sum().round()
+
     @torch.no_grad()
-    def add(self, x: Float[Tensor, "N D"], codes: Int64[Tensor, " N"], keys: Int64[Tensor, " N"] | None) -> None:
-        """Count `codes` and sum `x` per code. A code of -1 takes no part, and its x must be 0.
+    def add(self, x: Float[Tensor, "N D"], codes: Int64[Tensor, "N ..."], keys: Int64[Tensor, " N"] | None) -> None:
+        """Count `codes` and sum `x` per code; of m codes a vector, each counts 1/m and gets x/m. A vector of code -1
+        takes no part, and its x must be 0.
 
         `keys` may be None where the rule never revives.
         """
         counts, sums = self.split()
-        valid = codes >= 0
-        index = codes.clamp(min=0)
-        counts.index_add_(0, index, valid.double())
+        drawn = codes if codes.ndim == 2 else codes.unsqueeze(-1)
+        draws = drawn.shape[1]
+        valid = drawn[:, 0] >= 0
+        index = drawn.clamp(min=0)
+        for column in index.unbind(1):
+            counts.index_add_(0, column, valid.double() / draws)
         if sums is not None:
             tile = _TILE if x.device.type == "cpu" else max(1, len(x))
             for rows, where in zip(x.detach().split(tile), index.split(tile), strict=True):
-                sums.index_add_(0, where, rows.double())
+                share = rows.double() if draws == 1 else rows.double() / draws
+                for column in where.unbind(1):
+                    sums.index_add_(0, column, share)
         self.seen += len(codes)
         if self.rule.revive_below > 0:
             if keys is None:
@@ -97,6 +107,8 @@ class Statistics:
             decay = COUNT_DECAY if self.rule.decay is None else self.rule.decay
             slack = 1.0 + 1e-9  # the update may round the other way
             may_die = (self.book.counts * decay < self.rule.revive_below * slack).sum()
+            if self.rule.move is not None:  # such a rule may shrink counts further
+                may_die = torch.full_like(may_die, self.book.num_codes)
             limit, step = torch.stack([may_die, self.book.step]).tolist()
             self._limit_and_step = (limit, step)
         return self._limit_and_step
@@ -157,10 +169,7 @@ def _revive(statistics: Sequence[Statistics], reduce: Reduction) -> None:
     if not statistics:
         return
     dead = [one.book.counts < one.rule.revive_below for one in statistics]
-    flags = [
-        torch.stack([d.sum(), one.split()[0].sum().long(), one.book.step])
-        for d, one in zip(dead, statistics, strict=True)
-    ]
+    flags = [torch.stack([d.sum(), one.total().long(), one.book.step]) for d, one in zip(dead, statistics, strict=True)]
     found = torch.stack(flags).tolist()  # the one host synchronisation of a step
     slots = [min(codes, vectors) for codes, vectors, _ in found]
     widths = [count * (1 + one.book.code_dim) for count, one in zip(slots, statistics, strict=True)]

@@ -87,7 +87,7 @@ class Updates:
         reduce = resolve(self.reduce)
         if self._open is None:
             update(statistics, reduce)
-            return statistics[0].split()[0].sum(), reduce.world
+            return statistics[0].total(), reduce.world
         if self._open.count is not None:
             return torch.tensor(self._open.count, dtype=torch.float64, device=valid.device), reduce.world
         count = valid.sum().double()
