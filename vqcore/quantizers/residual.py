@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from vqcore import assign, losses, noise
 from vqcore.codebook import Codebook, only, pick
 from vqcore.estimators import straight_through
+from vqcore.quantizers import from_data
 from vqcore.quantizers.arguments import check_rule, check_sizes, check_weights
-from vqcore.quantizers.contract import Quantized, VectorBatch, passed_on, per_element, quantized
+from vqcore.quantizers.contract import Quantized, VectorBatch, per_element, quantized
 from vqcore.quantizers.rows import Rows, full_precision, keys_of, rows_of
 from vqcore.quantizers.updates import Updates
 from vqcore.quantizers.vector import Estimator
@@ -188,7 +189,7 @@ class ResidualQuantizer(nn.Module):
         with full_precision(x.device):
             rows = rows_of(x, mask, self.code_dim, self.book_of(0).dtype)
             if self.training and not self.seeded:
-                return self._gather(rows, x, keys)
+                return from_data.gather(rows, x, keys, self.book_of(0), self._updates, (self.levels,))
             self._require_seeded()
             statistics, named = self._begin(x, keys) if self.training else ([], None)
             codes: list[Tensor] = []
@@ -248,7 +249,7 @@ class ResidualQuantizer(nn.Module):
         codes from each level's residuals, which are what the codes so far leave. Counts and errors as in
         VectorQuantizer.seed; no codebook is set where a level fails.
         """
-        return self._seed_from(self._offers(batches))
+        return self._seed_from(from_data.offers_of(batches, self.book_of(0), self._updates.reduce))
 
     def _books(self) -> list[Codebook]:
         return [cast(Codebook, book) for book in self.codebooks]
@@ -327,23 +328,6 @@ class ResidualQuantizer(nn.Module):
             f"{' + '.join(map(str, sizes))} codes by {name}{where}, level by level, from {len(sample.rows)} of "
             f"{sample.seen} vectors and their residuals{left_out}"
         )
-
-    def _offers(self, batches: Iterable[VectorBatch]) -> Iterator[Offer]:
-        rank, seen = resolve(self._updates.reduce).rank, 0
-        for x, mask, keys in batches:
-            named = keys_of(keys, x, rank, seen)
-            seen += len(named)
-            yield _offer(rows_of(x, mask, self.code_dim, self.book_of(0).dtype), named)
-
-    def _gather(self, rows: Rows, x: Tensor, keys: Tensor | None) -> Quantized:
-        """Keep the vectors and pass x on, until all workers together can seed."""
-        rank = resolve(self._updates.reduce).rank
-        self._updates.gather(_offer(rows, keys_of(keys, x, rank, self._updates.gathered)))
-        return passed_on(x, rows, (self.levels,))
-
-
-def _offer(rows: Rows, keys: Tensor) -> Offer:
-    return Offer(rows.x.detach(), rows.valid, keys, int(rows.non_finite))
 
 
 def _sizes(num_codes: int | Sequence[int], levels: int | None, shared: bool) -> tuple[int, ...]:
