@@ -1,6 +1,7 @@
 """Quantizers: one file per method, all with the calls of `contract.Quantizer`."""
 
 from vqcore.quantizers.contract import Quantized, Quantizer, VectorBatch, quantizers_in
+from vqcore.quantizers.space_filling import SpaceFillingQuantizer
 from vqcore.quantizers.vector import VectorQuantizer
 
-__all__ = ["Quantized", "Quantizer", "VectorBatch", "VectorQuantizer", "quantizers_in"]
+__all__ = ["Quantized", "Quantizer", "SpaceFillingQuantizer", "VectorBatch", "VectorQuantizer", "quantizers_in"]
