@@ -1,6 +1,6 @@
 """Space-filling vector quantization: codes joined by straight segments, and vectors quantized onto that line."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from vqcore import assign, curve, losses, noise
 from vqcore.codebook import Codebook, checked, only, pick
 from vqcore.estimators import straight_through, substitute_noise
+from vqcore.quantizers import from_data
 from vqcore.quantizers.arguments import check_sizes
-from vqcore.quantizers.contract import Quantized, VectorBatch, passed_on, per_element, quantized
+from vqcore.quantizers.contract import Quantized, VectorBatch, per_element, quantized
 from vqcore.quantizers.rows import Rows, full_precision, keys_of, rows_of
 from vqcore.quantizers.updates import Updates
 from vqcore.reduction import Reduction, resolve
-from vqcore.seeding import Offer, Seeding, draw_sample, share
+from vqcore.seeding import Offer, Seeding
 from vqcore.update import Rule
 
 _NOISE_VALUES = 2**20  # numbers of one tile of noise, whose hashes take some 40 bytes each
@@ -97,9 +98,7 @@ class SpaceFillingQuantizer(nn.Module):
         rule = Rule(decay=None, revive_below=0.0, eps=0.0, seed=seed)
         self._updates = Updates([self.codebook], [rule], reduce, needed=num_codes, seed=self._seed_from)
         if seeding is None:
-            generator = torch.Generator().manual_seed(seed)
-            drawn = torch.randn(num_codes, code_dim, generator=generator, dtype=torch.float32, device="cpu")
-            self.codebook.set_vectors(drawn)
+            self.codebook.set_vectors(from_data.normal_vectors(num_codes, code_dim, seed))
 
     def extra_repr(self) -> str:
         return f"joint={self.joint}"
@@ -134,7 +133,7 @@ class SpaceFillingQuantizer(nn.Module):
         with full_precision(x.device):
             rows = rows_of(x, mask, self.code_dim, self.codebook.vectors.dtype)
             if self.training and not self.seeded:
-                return self._gather(rows, x, keys)
+                return from_data.gather(rows, x, keys, self.codebook, self._updates)
             self.codebook.require_seeded()
             if self.training:
                 return self._train(rows, x, keys)
@@ -146,9 +145,9 @@ class SpaceFillingQuantizer(nn.Module):
 
     def _train(self, rows: Rows, x: Tensor, keys: Tensor | None) -> Quantized:
         statistics = self._updates.begin()
-        seed, step = statistics[0].rule.seed, int(self.codebook.step)  # the one host synchronisation of a step
+        seed, step = statistics[0].rule.seed, self.codebook.step
         lambdas = noise.shared_uniform(seed, step, self.num_codes - 1)
-        points = curve.dithered(self.codebook.vectors, lambdas.to(rows.x.device))
+        points = curve.dithered(self.codebook.vectors, lambdas)
         codes = assign.nearest(rows.x.detach(), points.detach()).masked_fill(~rows.valid, -1)
         chosen = pick(points, codes)
         if self.joint:
@@ -163,10 +162,11 @@ class SpaceFillingQuantizer(nn.Module):
         return quantized(x, rows, only(rows.valid, output), codes, loss, squared)
 
     def _loss(self, squared: Tensor, output: Tensor, count: Tensor, world: int) -> Tensor:
-        """Equation 3; where `joint`, 0 attached to all that the output depends on."""
+        """Equation 3, or 0 where `joint`; attached to all that the output depends on."""
+        attached = (output * 0.0).sum()
         if self.joint:
-            return output.sum() * 0.0
-        return (squared * per_element(count, world, self.code_dim)).to(output.dtype)
+            return attached
+        return (squared * per_element(count, world, self.code_dim)).to(output.dtype) + attached
 
     @torch.no_grad()
     def project(self, x: Float[Tensor, "*shape D"], mask: Bool[Tensor, "*shape"] | None = None) -> Projection:
@@ -252,43 +252,13 @@ class SpaceFillingQuantizer(nn.Module):
         Workers may have different numbers of batches, also none. Raises ValueError, on all workers alike, where all
         have fewer usable vectors than corners; RuntimeError where seeding is None.
         """
-        return self._seed_from(self._offers(batches))
+        return self._seed_from(from_data.offers_of(batches, self.codebook, self._updates.reduce))
 
     def _seed_from(self, offers: Iterable[Offer]) -> str:
-        if self.seeding is None:
-            raise RuntimeError(
-                "this quantizer drew its corners from N(0, 1) (seeding=None); build it with "
-                "seeding=vqcore.seeding.norm_blocks to seed it from data, or call codebook.set_vectors(v)"
-            )
-        reduce, seed, like = resolve(self._updates.reduce), self._updates.rules[0].seed, self.codebook.readable()
-        sample = draw_sample(offers, like, seed=seed, reduce=reduce)
-        with full_precision(like.device):
-            corners = self.seeding(sample.rows, self.num_codes, metric="euclidean", seed=seed)
-        self.codebook.set_vectors(share(corners, reduce))
-        self._updates.forget()
-        name = getattr(self.seeding, "__name__", repr(self.seeding))
-        left_out = f"; {sample.non_finite} more were not finite" if sample.non_finite else ""
-        return f"{self.num_codes} corners by {name} from {len(sample.rows)} of {sample.seen} vectors{left_out}"
-
-    def _offers(self, batches: Iterable[VectorBatch]) -> Iterator[Offer]:
-        rank, seen = resolve(self._updates.reduce).rank, 0
-        for x, mask, keys in batches:
-            named = keys_of(keys, x, rank, seen)
-            seen += len(named)
-            yield _offer(rows_of(x, mask, self.code_dim, self.codebook.vectors.dtype), named)
-
-    def _gather(self, rows: Rows, x: Tensor, keys: Tensor | None) -> Quantized:
-        """Keep the vectors and pass x on, until all workers together can seed."""
-        rank = resolve(self._updates.reduce).rank
-        self._updates.gather(_offer(rows, keys_of(keys, x, rank, self._updates.gathered)))
-        return passed_on(x, rows)
+        return from_data.seed_from(offers, self.codebook, self._updates, self.seeding)
 
 
-def _offer(rows: Rows, keys: Tensor) -> Offer:
-    return Offer(rows.x.detach(), rows.valid, keys, int(rows.non_finite))
-
-
-def _normal(seed: int, step: int, keys: Int64[Tensor, " N"], like: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+def _normal(seed: int, step: noise.Step, keys: Int64[Tensor, " N"], like: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
     """noise.normal in the type of `like`, a tile at a time."""
     drawn = torch.empty_like(like, requires_grad=False)
     tile = max(1, _NOISE_VALUES // like.shape[1])

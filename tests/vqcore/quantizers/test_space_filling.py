@@ -387,7 +387,7 @@ def test_norm_blocks_seed_the_same_curve_for_any_number_of_workers() -> None:
 
     alone = made(seeding=norm_blocks)
     said = alone.seed(batches(range(200)))
-    assert said == f"{K} corners by norm_blocks from 160 of 160 vectors; 1 more were not finite"
+    assert said == f"{K} codes by norm_blocks from 160 of 160 vectors; 1 more were not finite"
     usable = x[mask & x.isfinite().all(-1)]
     blocks = usable[usable.norm(dim=-1).argsort()].split([14, 13, 13] * 4)
     torch.testing.assert_close(alone.codebook.readable(), torch.stack([block.mean(0) for block in blocks]))
