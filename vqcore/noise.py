@@ -64,15 +64,17 @@ def choose(weights: Float[Tensor, "N K"], u: Float[Tensor, "N draws"]) -> Int64[
     return torch.searchsorted(reached, wanted, right=True).clamp_(max=weights.shape[1] - 1)
 
 
-def shared_uniform(seed: int, step: int, count: int, *, stream: int = 0) -> Float[Tensor, " count"]:
-    """float64 uniforms inside (0, 1) that every worker draws alike; `stream` tells uses in one step apart.
+def shared_uniform(seed: int, step: Step, count: int, *, stream: int = 0) -> Float[Tensor, " count"]:
+    """float64 uniforms inside (0, 1) that every worker draws alike; `stream` tells uses in one step apart. They are on
+    the device of `step`, on the CPU where it is a number.
 
     Raises:
         ValueError: a negative count.
     """
     if count < 0:
         raise ValueError(f"count is {count}; it must be 0 or more")
-    return _unit(_absorb(_state(_SHARED, seed, step, stream), torch.arange(count)))
+    state = _state(_SHARED, seed, step, stream)
+    return _unit(_absorb(state, torch.arange(count, device=state.device if isinstance(state, Tensor) else None)))
 
 
 def race(

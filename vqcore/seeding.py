@@ -1,8 +1,8 @@
 """First codebooks from data: a sample that does not depend on the number of workers, and what to make of it.
 
 `draw_sample` lets every usable vector of every worker race once and keeps the smallest keys, so the sample is the same
-however the vectors are spread. A *seeding* (`random_rows`, `kmeans_plus_plus`, `scaled_spherical`, or any function of
-that signature; bind options with functools.partial) then turns it into K vectors.
+however the vectors are spread. A *seeding* (`random_rows`, `kmeans_plus_plus`, `scaled_spherical`, `norm_blocks`, or
+any function of that signature; bind options with functools.partial) then turns it into K vectors.
 """
 
 import math
@@ -212,6 +212,26 @@ def scaled_spherical(
     counts, sums = _totals(lengths.unsqueeze(-1), codes, num_codes)
     scale = torch.where(counts > 0, sums.squeeze(-1) / counts.clamp(min=1), lengths.mean())
     return unit(centres) * scale.unsqueeze(-1).to(rows.dtype)
+
+
+@torch.no_grad()
+def norm_blocks(rows: Float[Tensor, "R D"], num_codes: int, *, metric: Metric, seed: int) -> Float[Tensor, "K D"]:
+    """Means of K equal blocks of the rows sorted by length, shortest first: the first corners of SFVQ's curve (the
+    authors' code for K = 4; their papers do not state it).
+
+    Where K does not divide R, blocks differ by one row; the authors leave the longest rows out instead. Equal lengths
+    stay in race order. Raises ValueError with "cosine", where all lengths are 1.
+    """
+    del seed
+    if metric == "cosine":
+        raise ValueError(
+            "norm_blocks sorts by length, and cosine vectors all have length 1; use 'euclidean' or another seeding"
+        )
+    order = torch.argsort(torch.linalg.vector_norm(rows.double(), dim=-1), stable=True)
+    blocks = torch.empty_like(order)
+    blocks[order] = torch.arange(len(rows), device=rows.device) * num_codes // len(rows)
+    counts, sums = _totals(rows, blocks, num_codes)
+    return (sums / counts.unsqueeze(-1)).to(rows.dtype)
 
 
 def _spread(rows: Tensor, num_codes: int, seed: int) -> Tensor:

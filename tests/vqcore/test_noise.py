@@ -152,6 +152,10 @@ def test_frozen_values() -> None:
     assert noise.uniform(-1, 2**70, keys[:1]).tolist() == EXTREME
 
 
+def test_a_shared_draw_takes_the_step_as_a_tensor() -> None:
+    assert torch.equal(noise.shared_uniform(1, torch.tensor(2), 3, stream=4), noise.shared_uniform(1, 2, 3, stream=4))
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"torch\.int32"):
         noise.uniform(0, 0, torch.zeros(3, dtype=torch.int32))

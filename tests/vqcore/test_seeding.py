@@ -10,7 +10,16 @@ from torch import Tensor
 from tests.together import Seat, together
 from vqcore import seeding as seeding_module
 from vqcore.reduction import Alone
-from vqcore.seeding import Offer, draw_sample, kmeans_plus_plus, random_rows, sample_size, scaled_spherical, share
+from vqcore.seeding import (
+    Offer,
+    draw_sample,
+    kmeans_plus_plus,
+    norm_blocks,
+    random_rows,
+    sample_size,
+    scaled_spherical,
+    share,
+)
 
 ROWS, D = 300, 5
 LIKE = torch.zeros(8, D)
@@ -202,3 +211,35 @@ def test_scaled_spherical_gives_directions_the_mean_length_of_their_cluster() ->
     torch.testing.assert_close(seeding(3 * x, 6), 3 * made, rtol=1e-4, atol=1e-3)
     with pytest.raises(ValueError, match=r"599 sampled vectors are not zero.*at least 600"):
         seeding(x, 600)
+
+
+def authors_initialization(vectors: Tensor) -> Tensor:
+    """codebook_initialization of MHVali/Space-Filling-Vector-Quantizer 8f067a4, utils.py."""
+    _, indices = torch.sort(torch.linalg.norm(vectors, dim=1))
+    ordered, hop = vectors[indices], len(vectors) // 4
+    return torch.stack([ordered[i * hop : (i + 1) * hop].mean(0) for i in range(4)])
+
+
+def test_norm_blocks_are_those_of_the_authors() -> None:
+    rows = 2.0 + drawn(10, 10_000, D)
+    made = norm_blocks(rows, 4, metric="euclidean", seed=0)
+    torch.testing.assert_close(made, authors_initialization(rows), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "codes"), [(10, 10), (10, 4), (301, 7)])
+def test_norm_blocks_use_every_row_once_in_blocks_of_almost_one_size(rows: int, codes: int) -> None:
+    x = torch.zeros(rows, 2)
+    x[:, 0] = 1.0 + torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    made = norm_blocks(x, codes, metric="euclidean", seed=0)[:, 0].double()
+    # Block b of consecutive integers has mean (first + last) / 2, and the next begins one after its end.
+    last = 0.0
+    for mean in made.tolist():
+        first = last + 1
+        last = round(2 * mean - first)
+        assert last - first + 1 in (rows // codes, -(-rows // codes))
+    assert last == rows
+
+
+def test_norm_blocks_refuse_cosine() -> None:
+    with pytest.raises(ValueError, match="length 1"):
+        norm_blocks(drawn(1, 20, D), 4, metric="cosine", seed=0)

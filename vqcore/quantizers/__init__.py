@@ -2,6 +2,15 @@
 
 from vqcore.quantizers.contract import Quantized, Quantizer, VectorBatch, quantizers_in
 from vqcore.quantizers.residual import ResidualQuantizer
+from vqcore.quantizers.space_filling import SpaceFillingQuantizer
 from vqcore.quantizers.vector import VectorQuantizer
 
-__all__ = ["Quantized", "Quantizer", "ResidualQuantizer", "VectorBatch", "VectorQuantizer", "quantizers_in"]
+__all__ = [
+    "Quantized",
+    "Quantizer",
+    "ResidualQuantizer",
+    "SpaceFillingQuantizer",
+    "VectorBatch",
+    "VectorQuantizer",
+    "quantizers_in",
+]
