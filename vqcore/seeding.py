@@ -195,19 +195,32 @@ def kmeans_plus_plus(
 
 @torch.no_grad()
 def scaled_spherical(
-    rows: Float[Tensor, "R D"], num_codes: int, *, metric: Metric, seed: int, iterations: int = 30
+    rows: Float[Tensor, "R D"], num_codes: int, *, metric: Metric, seed: int, iterations: int = 30, restarts: int = 1
 ) -> Float[Tensor, "K D"]:
     """Directions from k-means on x / |x|, each as long as its cluster's mean |x| (CLVQ-VAE's "spherical" start).
 
     Euclidean k-means on the unit vectors, its centroids normalised afterwards, as the authors' first version does; an
-    empty cluster takes the mean length of all. Zero vectors are left out. Raises ValueError where too few remain.
+    empty cluster takes the mean length of all. Of several `restarts` the one with the smallest sum of squared distances
+    counts (the authors' 5, then 10). Zero vectors are left out. Raises ValueError where too few remain, or for restarts
+    below 1.
     """
+    if restarts < 1:
+        raise ValueError(f"restarts is {restarts}; it must be at least 1")
     del metric
     rows = rows[(rows != 0).any(-1)]
     if len(rows) < num_codes:
         raise ValueError(f"{len(rows)} sampled vectors are not zero; scaled_spherical needs at least {num_codes}")
     directions = unit(rows)
-    centres, codes = _lloyd(directions, directions[_spread(directions, num_codes, seed)], "euclidean", iterations)
+    least = math.inf
+    for restart in range(restarts):
+        start = directions[_spread(directions, num_codes, seed + restart)]
+        found, nearest = _lloyd(directions, start, "euclidean", iterations)
+        objective = sum(
+            float((part - found[where]).square().sum(dtype=torch.float64))
+            for part, where in zip(directions.split(65536), nearest.split(65536), strict=True)
+        )
+        if objective < least:
+            least, centres, codes = objective, found, nearest
     lengths = torch.linalg.vector_norm(rows.double(), dim=-1)
     counts, sums = _totals(lengths.unsqueeze(-1), codes, num_codes)
     scale = torch.where(counts > 0, sums.squeeze(-1) / counts.clamp(min=1), lengths.mean())

@@ -49,9 +49,8 @@ class Tally:
             passed = [node for node in nodes if self.outcomes[node] == "passed"]
             agree = [node for node in passed if self.verdicts[node] is None]
             lines.append(f"{len(agree)} of {len(nodes)} contracts of {peer} {_version(peer)} hold")
-            for node in passed:
-                if verdict := self.verdicts[node]:
-                    lines.append(f"  peer wrong: {verdict.wrong}; right, and ours: {verdict.right}")
+            wrong = [verdict for node in passed if (verdict := self.verdicts[node])]
+            lines += [f"  peer wrong: {one.wrong}; right, and ours: {one.right}" for one in wrong]
             for node in nodes:
                 if self.outcomes[node] != "passed":
                     said = self.reasons[node].strip().splitlines()
