@@ -62,7 +62,8 @@ def objective(out: Quantized, x: Tensor, count: int, world: int) -> Tensor:
     """The quantizer's own loss and a task's, which reaches the output: its mean over workers is the global mean.
 
     The task's target is a function of each row of `x`, so that it does not depend on who holds the row."""
-    task = (out.vectors * (0.3 + x.detach().nan_to_num(0.0, 0.0, 0.0).sin()) + 0.1 * out.vectors.square()).sum()
+    target = 0.3 + x.detach().to(out.vectors.dtype).nan_to_num(0.0, 0.0, 0.0).sin()
+    task = (out.vectors * target + 0.1 * out.vectors.square()).sum()
     return out.loss + world * task / max(1, count) / D
 
 
@@ -98,6 +99,12 @@ def train_step(
     objective(out, x, count, reduce.world).backward()
     assert x.grad is not None
     return Stepped(out, x.grad, descend(q, reduce, rate), revived)
+
+
+def assert_same_counts(q: AnyQuantizer, other: AnyQuantizer) -> None:
+    """Whole numbers, or thirds where a vector is the mean of three codes: then the order of a sum rounds."""
+    for mine, wanted in zip(q.last_counts, other.last_counts, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=0)
 
 
 def assert_close_states(q: nn.Module, other: nn.Module, scale: float = 1.0) -> None:

@@ -22,6 +22,7 @@ from tests.contracts.steps import (
     AnyQuantizer,
     Stepped,
     assert_close_states,
+    assert_same_counts,
     bits,
     drawn,
     has_revived,
@@ -51,7 +52,7 @@ def make(request: pytest.FixtureRequest) -> Make:
 
 def batch(step: int, rows: int = ROWS) -> Tensor:
     """Away from the origin, so that codes drawn from N(0, 1) starve and come back."""
-    return 1.5 + drawn(step, rows, D)
+    return 3 + drawn(step, rows, D)
 
 
 def trained(make: Make, steps: int = 3, **options: Any) -> Any:
@@ -227,13 +228,13 @@ def test_eval_never_trains_and_never_reduces(make: Make) -> None:
     alone.load_state_dict(q.state_dict())
     alone.eval()
     before = bits(alone)
-    x = batch(7)
-    out = alone(x)
+    x, keys = batch(7), torch.arange(ROWS)
+    out = alone(x, None, keys)
     if alone.accumulates:
         with alone.accumulate(count=ROWS):
             alone(x)
     assert bits(alone) == before
-    again, twice = alone(x), alone(torch.cat([x, x]))
+    again, twice = alone(x, None, keys), alone(torch.cat([x, x]), None, torch.cat([keys, keys]))
     assert torch.equal(again.codes, out.codes)
     assert torch.equal(again.vectors, out.vectors)
     torch.testing.assert_close(twice.loss, out.loss)
@@ -262,7 +263,7 @@ def test_look_up_of_assign_is_the_evaluation_output_bit_for_bit(name: str) -> No
     """lucidrains/vector-quantize-pytorch 102 and KatarinaYuan/StructTokenBench 5: outputs that codes do not give back;
     EdoardoBotta/RQ-VAE-Recommender 54: an output that is not the code."""
     q = trained(CASES[name]).eval()
-    x, mask = 1.5 + drawn(4, 3, 50, 7, D), drawn(5, 3, 50, 7) > 0
+    x, mask = 3 + drawn(4, 3, 50, 7, D), drawn(5, 3, 50, 7) > 0
     x[0, 0, 0] = torch.nan
     codes = q.assign(x, mask)
     out = q(x, mask)
@@ -297,7 +298,9 @@ def test_codes_do_not_depend_on_the_split_of_a_batch(make: Make) -> None:
     x = batch(3, 200)
     whole = q.assign(x)
     assert torch.equal(torch.cat([q.assign(part) for part in x.split([1, 7, 92, 100])]), whole)
-    assert torch.equal(torch.cat([q(part).codes for part in x.split([150, 50])]), whole)
+    keys = torch.arange(200)
+    parts = zip(x.split([150, 50]), keys.split([150, 50]), strict=True)
+    assert torch.equal(torch.cat([q(part, None, named).codes for part, named in parts]), q(x, None, keys).codes)
 
 
 # Numbers
@@ -393,7 +396,7 @@ def test_a_mismatching_state_is_refused(make: Make) -> None:
 def test_what_cannot_accumulate_says_so() -> None:
     for name in CASES.keys() - ACCUMULATING:
         q = CASES[name](seed=2)
-        with pytest.raises((RuntimeError, ValueError), match="accumulate"), q.accumulate(count=1):
+        with pytest.raises((RuntimeError, ValueError), match="forward"), q.accumulate(count=1):
             pass
 
 
@@ -414,10 +417,9 @@ def test_accumulate_equals_one_forward_on_all(name: str) -> None:
         torch.testing.assert_close(sum(out.loss for out in outs), wanted.out.loss)
         torch.testing.assert_close(parts.grad, wanted.x_gradient)
         for key, gradient in gradients.items():
-            torch.testing.assert_close(
-                torch.zeros(()) if gradient is None else gradient, wanted.parameter_gradients[key]
-            )
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(q.last_counts, whole.last_counts, strict=True))
+            theirs = wanted.parameter_gradients[key]
+            torch.testing.assert_close(torch.zeros_like(theirs) if gradient is None else gradient, theirs)
+        assert_same_counts(q, whole)
         assert_close_states(q, whole)
         revived = revived or wanted.revived
         q.zero_grad()
@@ -528,7 +530,7 @@ def test_workers_on_parts_equal_one_worker_on_the_whole(make: Make, parts: str) 
     results = together(len(rows), lambda seat: run(make, rows[seat.rank], seat))
     world = len(rows)
     assert len({tuple(bits(q).values()) for q, *_ in results}) == 1, "workers disagree"
-    assert_close_states(results[0][0], alone, scale=4.0)
+    assert_close_states(results[0][0], alone, scale=6.0)
     for step, whole in enumerate(wanted):
         stepped = [steps[step] for _, steps, _ in results]
         outs = [one.out for one in stepped]
@@ -545,7 +547,7 @@ def test_workers_on_parts_equal_one_worker_on_the_whole(make: Make, parts: str) 
         for _, _, calls in results:
             assert calls[step] == 1 + whole.revived, "one reduce a step, one more where a code is dead"
     for q, *_ in results:
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(q.last_counts, alone.last_counts, strict=True))
+        assert_same_counts(q, alone)
 
 
 def test_without_keys_workers_still_agree(make: Make) -> None:
