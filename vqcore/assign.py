@@ -10,6 +10,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from vqcore import noise
+
 CODES_PER_TILE = 1024
 # A row's scores change bits with the number of rows in the product, so that number is fixed by the codebook's shape
 # and never by N: 512 loses at most 6 % to padding at N >= 8,192, and its scores (2 MiB) stay near a core's cache.
@@ -47,10 +49,63 @@ def nearest(
         ValueError: shapes that do not fit, an empty codebook, or an unknown metric.
     """
     _check(x, vectors, metric)
+    return (_operator if torch.compiler.is_compiling() else _found)(x, vectors, metric == "euclidean")
+
+
+def _found(x: Tensor, vectors: Tensor, euclidean: bool) -> Tensor:
     codes = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     if x.shape[0]:
-        with _full_precision(x.device):
-            _search(x, vectors, metric == "euclidean", codes)
+        with exact_products(x.device):
+            _search(x, vectors, euclidean, codes)
+    return codes
+
+
+# What torch.compile sees: one operator. The tiles and precision settings are no graph, and products that a compiler
+# had fused would give other codes than evaluation without it.
+_operator = torch.library.custom_op("vqcore::nearest", _found, mutates_args=())
+
+
+@_operator.register_fake
+def _unfilled(x: Tensor, vectors: Tensor, euclidean: bool) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+@torch.no_grad()
+def sample_top_k(
+    x: Float[Tensor, "N D"],
+    vectors: Float[Tensor, "K D"],
+    k: int,
+    temperature: float,
+    u: Float[Tensor, " N"],
+    *,
+    relative: bool = False,
+) -> Int64[Tensor, " N"]:
+    """One of the `k` nearest codes of every row, drawn by its uniform in `u` (CLVQ-VAE's training assignment).
+
+    With D_1 <= ... <= D_k the k smallest *squared* distances of a row, code j has probability
+    exp(-D_j / T) / sum_l exp(-D_l / T). T is `temperature`; with `relative`, `temperature` times the row's own mean
+    gap, sum_{j > 1} (D_j - D_1) / (k - 1), so that it means the same at any scale of x (equal distances: all k alike).
+    `k` above K takes all codes; k = 1 is `nearest`, bit for bit, and so is T near 0.
+
+    Precision, ties and splits as `nearest`; memory under 16 MiB and another 16 (k + 1) bytes for every row of a group.
+    Raises ValueError on shapes that do not fit, k below 1, or a temperature that is not positive.
+    """
+    _check(x, vectors, "euclidean")
+    if k < 1 or not 0.0 < temperature < math.inf or u.shape != x.shape[:1]:
+        raise ValueError(
+            f"sample_top_k got k={k}, temperature={temperature} and u of shape {tuple(u.shape)} for {len(x)} rows; "
+            "it takes k of at least 1, a positive temperature, and one uniform a row"
+        )
+    codes = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
+    if x.shape[0]:
+        with exact_products(x.device):
+            for rows, scores, found in _best_k(x, vectors, min(k, vectors.shape[0])):
+                gaps = 2.0 * (scores[:1] - scores).double()  # D_j - D_1, nearest first; 0 for the nearest
+                if relative and len(gaps) > 1:
+                    mean = gaps.sum(0) / (len(gaps) - 1)
+                    gaps = gaps / torch.where(mean > 0, mean, 1.0)
+                drawn = noise.choose(torch.exp(-gaps / temperature).T, u[rows].unsqueeze(-1))
+                codes[rows] = found.T.gather(1, drawn).squeeze(-1)
     return codes
 
 
@@ -69,7 +124,7 @@ def _check(x: Tensor, vectors: Tensor, metric: str) -> None:
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def exact_products(device: torch.device) -> Iterator[None]:
     """Products in full float32: no autocast on this device, no TF32 on CUDA, no bfloat16 inside oneDNN."""
     settings = (
         torch.backends.cuda.matmul,
@@ -112,6 +167,36 @@ def _search(x: Tensor, vectors: Tensor, euclidean: bool, codes: Tensor) -> None:
                 found = torch.where(top > best, code.add_(start), found)
                 best = torch.maximum(best, top)
         codes[first : first + per_group] = found[: n - first]
+
+
+def _best_k(x: Tensor, vectors: Tensor, k: int) -> Iterator[tuple[slice, Float[Tensor, "k N"], Int64[Tensor, "k N"]]]:
+    """(rows, their k best scores, the codes) one group of rows at a time, best first, of equal scores the lowest code.
+
+    The walk of `_search`, which keeps one score a row and is faster for it.
+    """
+    (n, dim), num_codes = x.shape, vectors.shape[0]
+    dtype = torch.promote_types(torch.promote_types(x.dtype, vectors.dtype), torch.float32)
+    per_product, per_group = _rows(num_codes, dim, x.device)
+    per_group = min(per_group, _round_up(n, per_product))
+    padded = torch.empty(per_group, dim, dtype=dtype, device=x.device)
+    buffer = torch.empty(per_group * min(num_codes, CODES_PER_TILE), dtype=dtype, device=x.device)
+    for first in range(0, n, per_group):
+        group = slice(first, min(first + per_group, n))
+        rows = _whole_products(x[group], per_product, padded)
+        best, found = padded.new_empty(0, len(rows)), torch.empty(0, len(rows), dtype=torch.int64, device=x.device)
+        for start in range(0, num_codes, CODES_PER_TILE):
+            tile = vectors[start : start + CODES_PER_TILE].to(dtype).contiguous()
+            scores = _scores(rows, tile, _negated_half_norms(tile, dtype), per_product, buffer)
+            winners = []
+            for _ in range(min(k, len(tile))):  # topk of torch costs sixty times one such pass
+                winners.append(_best_of_tile(scores))
+                scores.scatter_(0, winners[-1][1].unsqueeze(0), -torch.inf)
+            top = torch.cat([best, torch.stack([score for score, _ in winners])])
+            code = torch.cat([found, torch.stack([code for _, code in winners]) + start])
+            best, order = top.sort(dim=0, descending=True, stable=True)
+            best, found = best[:k], code.gather(0, order[:k])
+        here = group.stop - group.start
+        yield group, best[:, :here], found[:, :here]
 
 
 def _scores(

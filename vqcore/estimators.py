@@ -1,7 +1,9 @@
 """Estimators: the code vectors going forward, a gradient for the encoder going back.
 
-A plain function (x, quantized) -> vectors. The value is `quantized` bit for bit (the usual x + sg(quantized - x)
-rounds), the gradient reaches `x` alone: a codebook learns by its statistics or by its own loss, never through here.
+`straight_through` and `rotate` are plain functions (x, quantized) -> vectors. Their value is `quantized` bit for bit
+(the usual x + sg(quantized - x) rounds), their gradient reaches `x` alone: a codebook learns by its statistics or by
+its own loss, never through them. `substitute_noise` is the other kind: its value is x with noise of the right length,
+its gradient reaches both. It takes the noise as an argument, because only a quantizer knows (seed, step, keys).
 """
 
 from typing import Any
@@ -43,6 +45,36 @@ def rotate(x: Float[Tensor, "... D"], quantized: Float[Tensor, "... D"]) -> Floa
     """
     _check_shapes(x, quantized)
     return _Rotate.apply(x, quantized.detach())
+
+
+def substitute_noise(
+    x: Float[Tensor, "... D"], quantized: Float[Tensor, "... D"], noise: Float[Tensor, "... D"]
+) -> Float[Tensor, "... D"]:
+    """x + |x - quantized| noise / |noise|: quantization error replaced by noise as long (NSVQ: Vali and Backstrom 2022;
+    equation 4 of their Interspeech 2023 paper). For training only; inference returns the quantized vector.
+
+    With u = noise / |noise|, held constant, and r = (x - quantized) / |x - quantized|:
+
+        d output / dx = I + u r^T        d output / d quantized = -u r^T
+
+    so a codebook learns from the task's loss, without a loss of its own. `noise` is standard normal (its length does
+    not matter): noise.normal(seed, step, keys, draws=D) gives each row the same on any worker.
+
+    At x = quantized the root has no derivative and naive code gives NaN; here r = 0 and the output is x, exactly. No
+    epsilon is added anywhere: one under the root moves every row, and one outside the quotient (the authors' first
+    code, |x - quantized| / |noise| + eps) makes the error longer by eps |noise|. All in float32 or better.
+
+    Raises:
+        ValueError: x, quantized and noise differ in shape.
+    """
+    _check_shapes(x, quantized)
+    if noise.shape != x.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, x {tuple(x.shape)}; every number of x needs its own")
+    given = torch.promote_types(x.dtype, quantized.dtype)
+    dtype = torch.promote_types(given, torch.float32)
+    direction, _ = _unit(noise.detach().to(dtype))
+    _, length = _unit(x.to(dtype) - quantized.to(dtype))
+    return (x.to(dtype) + length * direction).to(given)
 
 
 def _check_shapes(x: Tensor, quantized: Tensor) -> None:
@@ -95,8 +127,10 @@ def _rotate_back(
 
 
 def _unit(v: Float[Tensor, "... D"]) -> tuple[Float[Tensor, "... D"], Float[Tensor, "... 1"]]:
-    """(v / |v|, |v|); 0 stays 0. Divided by the largest entry first, so that squares neither overflow nor vanish."""
-    largest = v.abs().amax(-1, keepdim=True)
+    """(v / |v|, |v|); 0 stays 0. Divided by the largest entry first, so that squares neither overflow nor vanish.
+
+    Both are the same for any divisor, so it is a constant to the gradient. That of |v| at 0 is 0."""
+    largest = v.detach().abs().amax(-1, keepdim=True)
     scaled = v / torch.where(largest > 0, largest, 1)
     length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
     return scaled / torch.where(largest > 0, length, 1), largest * length

@@ -1,12 +1,12 @@
 """First codebooks from data: a sample that does not depend on the number of workers, and what to make of it.
 
 `draw_sample` lets every usable vector of every worker race once and keeps the smallest keys, so the sample is the same
-however the vectors are spread. A *seeding* (`random_rows`, `kmeans_plus_plus`, `scaled_spherical`, or any function of
-that signature; bind options with functools.partial) then turns it into K vectors.
+however the vectors are spread. A *seeding* (`random_rows`, `kmeans_plus_plus`, `scaled_spherical`, `norm_blocks`, or
+any function of that signature; bind options with functools.partial) then turns it into K vectors.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -142,6 +142,34 @@ def share(vectors: Float[Tensor, "K D"], reduce: Reduction) -> Float[Tensor, "K 
     return shared.to(vectors.dtype)
 
 
+@torch.no_grad()
+def level_by_level(
+    rows: Float[Tensor, "R D"],
+    sizes: Sequence[int],
+    seeding: Seeding,
+    *,
+    shared: bool,
+    seed: int,
+    reduce: Reduction,
+) -> list[Float[Tensor, "K D"]]:
+    """`sizes[l]` codewords for every level l of a residual quantizer, each from what the level before it leaves of
+    `rows`; where `shared`, from what all codewords made so far leave, since they will be one codebook.
+
+    Each level sees the rows in another random order: a seeding that takes the first of them would else meet, at level
+    2, the residuals of the very rows that became codewords of level 1, which are 0.
+    """
+    made: list[Tensor] = []
+    residual = rows
+    for level, size in enumerate(sizes):
+        if level:
+            indices = torch.arange(len(rows), device=rows.device)
+            residual = residual[noise.race(seed, 0, indices, level=level, stream=SAMPLE).argsort(stable=True)]
+        made.append(share(seeding(residual, size, metric="euclidean", seed=seed), reduce))
+        known = torch.cat(made) if shared else made[-1]
+        residual = residual - known[assign.nearest(residual, known)]
+    return made
+
+
 def random_rows(rows: Float[Tensor, "R D"], num_codes: int, *, metric: Metric, seed: int) -> Float[Tensor, "K D"]:
     """K vectors of the data, drawn uniformly without replacement."""
     del metric, seed  # the sample is in race order already
@@ -167,23 +195,56 @@ def kmeans_plus_plus(
 
 @torch.no_grad()
 def scaled_spherical(
-    rows: Float[Tensor, "R D"], num_codes: int, *, metric: Metric, seed: int, iterations: int = 30
+    rows: Float[Tensor, "R D"], num_codes: int, *, metric: Metric, seed: int, iterations: int = 30, restarts: int = 1
 ) -> Float[Tensor, "K D"]:
     """Directions from k-means on x / |x|, each as long as its cluster's mean |x| (CLVQ-VAE's "spherical" start).
 
     Euclidean k-means on the unit vectors, its centroids normalised afterwards, as the authors' first version does; an
-    empty cluster takes the mean length of all. Zero vectors are left out. Raises ValueError where too few remain.
+    empty cluster takes the mean length of all. Of several `restarts` the one with the smallest sum of squared distances
+    counts (the authors' 5, then 10). Zero vectors are left out. Raises ValueError where too few remain, or for restarts
+    below 1.
     """
+    if restarts < 1:
+        raise ValueError(f"restarts is {restarts}; it must be at least 1")
     del metric
     rows = rows[(rows != 0).any(-1)]
     if len(rows) < num_codes:
         raise ValueError(f"{len(rows)} sampled vectors are not zero; scaled_spherical needs at least {num_codes}")
     directions = unit(rows)
-    centres, codes = _lloyd(directions, directions[_spread(directions, num_codes, seed)], "euclidean", iterations)
+    least = math.inf
+    for restart in range(restarts):
+        start = directions[_spread(directions, num_codes, seed + restart)]
+        found, nearest = _lloyd(directions, start, "euclidean", iterations)
+        objective = sum(
+            float((part - found[where]).square().sum(dtype=torch.float64))
+            for part, where in zip(directions.split(65536), nearest.split(65536), strict=True)
+        )
+        if objective < least:
+            least, centres, codes = objective, found, nearest
     lengths = torch.linalg.vector_norm(rows.double(), dim=-1)
     counts, sums = _totals(lengths.unsqueeze(-1), codes, num_codes)
     scale = torch.where(counts > 0, sums.squeeze(-1) / counts.clamp(min=1), lengths.mean())
     return unit(centres) * scale.unsqueeze(-1).to(rows.dtype)
+
+
+@torch.no_grad()
+def norm_blocks(rows: Float[Tensor, "R D"], num_codes: int, *, metric: Metric, seed: int) -> Float[Tensor, "K D"]:
+    """Means of K equal blocks of the rows sorted by length, shortest first: the first corners of SFVQ's curve (the
+    authors' code for K = 4; their papers do not state it).
+
+    Where K does not divide R, blocks differ by one row; the authors leave the longest rows out instead. Equal lengths
+    stay in race order. Raises ValueError with "cosine", where all lengths are 1.
+    """
+    del seed
+    if metric == "cosine":
+        raise ValueError(
+            "norm_blocks sorts by length, and cosine vectors all have length 1; use 'euclidean' or another seeding"
+        )
+    order = torch.argsort(torch.linalg.vector_norm(rows.double(), dim=-1), stable=True)
+    blocks = torch.empty_like(order)
+    blocks[order] = torch.arange(len(rows), device=rows.device) * num_codes // len(rows)
+    counts, sums = _totals(rows, blocks, num_codes)
+    return (sums / counts.unsqueeze(-1)).to(rows.dtype)
 
 
 def _spread(rows: Tensor, num_codes: int, seed: int) -> Tensor:

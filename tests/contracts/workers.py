@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -13,16 +13,17 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vqcore.estimators import rotate, straight_through
+from tests.contracts.steps import drawn, train_step
+from tests.vqcore.quantizers.cases import D, K, all_cases
 from vqcore.quantizers import VectorBatch, VectorQuantizer
+from vqcore.reduction import OverGroup
 from vqcore.seeding import kmeans_plus_plus, random_rows
 
-K, D, BATCH = 16, 4, 48
+BATCH, STEPS, DATA = 48, 4, 480
 
-KINDS: dict[str, dict[str, Any]] = {
-    f"{metric}-{decay}-{estimator.__name__}": {"metric": metric, "decay": decay, "estimator": estimator}
-    for metric, decay, estimator in product(("euclidean", "cosine"), (0.9, None), (straight_through, rotate))
-}
+CASES = all_cases()
+# The first case of each module: the one that also runs what takes long.
+FIRST = list({name.split("-")[0]: name for name in reversed(CASES)}.values())[::-1]
 
 # Rows of a batch that each worker serves: uneven everywhere, one worker of four has none.
 PARTS = {
@@ -33,7 +34,7 @@ PARTS = {
 # Rows that are masked: all of the first worker's, and some others.
 MASKED = [*range(11), 20, 33, 47]
 
-LOOPS = {"float64": (torch.float64, 400), "float32": (torch.float32, 20)}
+LOOPS = {"float32": (torch.float32, 20, list(CASES)), "float64": (torch.float64, 400, FIRST)}
 
 
 class Calls:
@@ -57,36 +58,23 @@ class Calls:
             dist.all_reduce = self._plain
 
 
-def drawn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def step_of(q: VectorQuantizer, mine: Tensor, step: int, calls: Calls) -> tuple[dict[str, Tensor], int]:
-    """One training step on this worker's rows; for a learned codebook with averaged gradients."""
-    x = (1.5 + drawn(step, BATCH, D))[mine].requires_grad_()
-    mask = torch.ones(BATCH, dtype=torch.bool).index_fill(0, torch.tensor(MASKED), False)[mine]
-    q.zero_grad()
-    with calls.counting():
-        out = q(x, mask, mine + BATCH * step)
-    (out.loss + 0.01 * out.vectors.square().sum()).backward()
-    assert x.grad is not None
-    for parameter in q.parameters():
-        assert parameter.grad is not None
-        dist.all_reduce(parameter.grad)
-        with torch.no_grad():
-            parameter -= 0.5 * parameter.grad / dist.get_world_size()
-    found = {"codes": out.codes, "loss": out.loss.detach(), "gradient": x.grad, "squared_error": out.squared_error}
-    return found, calls.count
-
-
-def law(name: str, q: VectorQuantizer, mine: Tensor, calls: Calls) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Four training steps with revivals, then an evaluation."""
+def law(name: str, q: Any, mine: Tensor, calls: Calls) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Training steps with revivals, then an evaluation."""
     tensors: dict[str, Tensor] = {}
     counts: list[list[int]] = []
-    for step in range(4):
-        found, count = step_of(q, mine, step, calls)
-        tensors |= {f"law/{name}/{step}/{key}": value for key, value in found.items()}
-        counts.append([count, int(q.codebook.revived is not None)])
+    mask = torch.ones(BATCH, dtype=torch.bool).index_fill(0, torch.tensor(MASKED), False)
+    for step in range(STEPS):
+        x = (1.5 + drawn(step, BATCH, D))[mine]
+        with calls.counting():
+            found = train_step(q, x, mask[mine], mine + BATCH * step, count=int(mask.sum()), reduce=OverGroup())
+        tensors |= {
+            f"law/{name}/{step}/codes": found.out.codes,
+            f"law/{name}/{step}/loss": found.out.loss,
+            f"law/{name}/{step}/squared_error": found.out.squared_error,
+            f"law/{name}/{step}/gradient": found.x_gradient,
+        }
+        tensors |= {f"law/{name}/{step}/of {key}": value for key, value in found.parameter_gradients.items()}
+        counts.append([calls.count - len(list(q.parameters())), int(found.revived)])
     with calls.counting():
         q.eval()(drawn(9, 5, D))
     tensors |= {f"law/{name}/state/{key}": value for key, value in q.state_dict().items()}
@@ -112,41 +100,72 @@ def seeded(rank: int, world: int) -> dict[str, Tensor]:
     return tensors
 
 
-def loop(name: str, mine: Tensor) -> dict[str, Tensor]:
-    """Encoder, quantizer, decoder and SGD with averaged gradients, for LOOPS[name] steps over 480 rows."""
-    dtype, steps = LOOPS[name]
-    torch.manual_seed(0)
-    encoder = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, D))
-    q, decoder = VectorQuantizer(K, D, decay=0.95, estimator=rotate, seeding=None), nn.Linear(D, 6)
-    model = nn.ModuleList([encoder, q, decoder]).to(dtype)
+class Autoencoder(nn.Module):
+    """Encoder, quantizer, decoder."""
+
+    def __init__(self, q: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, D))
+        self.q = q
+        self.decoder = nn.Linear(D, 6)
+
+    def forward(self, x: Tensor, mask: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(the quantizer's loss, summed squared error of the valid rows, codes)."""
+        out = self.q(self.encoder(x), mask, keys)
+        squared = (self.decoder(out.vectors) - x).square().mean(-1)
+        return out.loss, squared[mask].sum(), out.codes
+
+
+def rows_of_step(step: int) -> tuple[Tensor, Tensor, int]:
+    """The rows of a batch, which of them are not masked, and how many those are."""
+    rows = (torch.arange(BATCH) + BATCH * step) % DATA
+    mask = rows % 5 != 0
+    return rows, mask, int(mask.sum())
+
+
+def loop(name: str, dtype: torch.dtype, steps: int, mine: Tensor) -> dict[str, Tensor]:
+    """SGD with averaged gradients over DATA rows."""
+    model = Autoencoder(CASES[name](seed=3)).to(dtype)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.05)
+    parameters = list(model.parameters())
     world = dist.get_world_size()
-    data, codes = drawn(40, 480, 6).to(dtype), []
+    data, codes = drawn(40, DATA, 6).to(dtype), []
     for step in range(steps):
-        rows = (mine + BATCH * step) % 480
-        mask = rows % 5 != 0
-        n = int(((torch.arange(BATCH) + BATCH * step) % 480 % 5 != 0).sum())
-        x = data[rows]
+        rows, mask, n = rows_of_step(step)
         optimiser.zero_grad()
-        with q.accumulate(count=n):
-            out = q(encoder(x), mask, rows)
-            squared = (decoder(out.vectors) - x).square().mean(-1)
-            (out.loss + world * squared[mask].sum() / n).backward()
-        flat = torch.cat([parameter.grad.reshape(-1) for parameter in model.parameters() if parameter.grad is not None])
+        with model.q.accumulate(count=n) if model.q.accumulates else nullcontext():
+            loss, squared, found = model(data[rows[mine]], mask[mine], rows[mine])
+            (loss + world * squared / n).backward()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)
-        sizes = [parameter.numel() for parameter in model.parameters()]
-        for parameter, gradient in zip(model.parameters(), (flat / world).split(sizes), strict=True):
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, gradient in zip(parameters, (flat / world).split(sizes), strict=True):
             parameter.grad = gradient.view_as(parameter)
         optimiser.step()
-        codes.append(out.codes)
-    tensors = {f"loop/{name}/state/{key}": value for key, value in model.state_dict().items()}
-    return tensors | {f"loop/{name}/codes": torch.stack(codes)}
+        codes.append(found)
+    return {f"state/{key}": value for key, value in model.state_dict().items()} | {"codes": torch.stack(codes)}
+
+
+def wrapped(name: str, mine: Tensor) -> dict[str, Tensor]:
+    """The same inside torch's DistributedDataParallel with its defaults, which broadcast buffers."""
+    model = nn.parallel.DistributedDataParallel(Autoencoder(CASES[name](seed=3)))
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.05)
+    data = drawn(40, DATA, 6)
+    for step in range(5):
+        rows, mask, n = rows_of_step(step)
+        optimiser.zero_grad()
+        loss, squared, _ = model(data[rows[mine]], mask[mine], rows[mine])
+        (loss + dist.get_world_size() * squared / n).backward()
+        optimiser.step()
+    return dict(model.module.state_dict())
 
 
 def run(rank: int, world: int, folder: Path) -> None:
     """Every case, results as `<world>-<rank>.safetensors` and `.json` in `folder`."""
-    # Built before the group exists: vector-quantize-pytorch 1.32 then never synchronises.
-    quantizers = {name: VectorQuantizer(K, D, revive_below=1.0, seed=1, **kind) for name, kind in KINDS.items()}
+    # Built before the group exists: vector-quantize-pytorch 1.32 then never synchronises (R1).
+    quantizers = {name: make(seed=1) for name, make in CASES.items()}
     store = f"file://{folder / f'store-{world}'}"
     patience = timedelta(seconds=120)  # a collective that one worker skips must fail, not hang
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
@@ -159,8 +178,12 @@ def run(rank: int, world: int, folder: Path) -> None:
         tensors |= found
         facts |= said
     tensors |= seeded(rank, world)
-    for name in LOOPS:
-        tensors |= loop(name, mine)
+    for kind, (dtype, steps, names) in LOOPS.items():
+        for name in names:
+            result = loop(name, dtype, steps, mine)
+            tensors |= {f"{kind}/{name}/{key}": value for key, value in result.items()}
+    for name in FIRST:
+        tensors |= {f"wrapped/{name}/{key}": value for key, value in wrapped(name, mine).items()}
     save_file(
         {key: value.detach().contiguous().clone() for key, value in tensors.items()},
         folder / f"{world}-{rank}.safetensors",

@@ -5,11 +5,14 @@ import subprocess
 import sys
 
 import faiss
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
-from vqcore.assign import CODES_PER_TILE, nearest
+from vqcore import noise
+from vqcore.assign import CODES_PER_TILE, nearest, sample_top_k
 
 TILE = CODES_PER_TILE
 
@@ -228,3 +231,97 @@ def test_cuda_finds_the_same_codes() -> None:
     assert torch.equal(nearest(x.cuda(), vectors.cuda()).cpu()[clear], codes[clear])
     same = torch.ones(TILE + 5, 32, device="cuda")
     assert nearest(x.cuda(), same).unique().tolist() == [0]
+
+
+# sample_top_k
+
+
+def uniforms(n: int) -> Tensor:
+    return noise.uniform(3, 1, torch.arange(n)).squeeze(-1)
+
+
+@pytest.mark.parametrize("num_codes", [3, 200, TILE + 1, 2 * TILE + 77])
+def test_one_of_one_or_a_temperature_of_nought_is_the_nearest(num_codes: int) -> None:
+    """CLVQ dossier, check 1."""
+    x, vectors = random(700, 16), random(num_codes, 16, seed=1)
+    codes = nearest(x, vectors)
+    for k, temperature in ((1, 1e-3), (1, 1e6), (2, 1e-12), (5, 1e-12)):
+        assert torch.equal(sample_top_k(x, vectors, k, temperature, uniforms(700)), codes)
+        assert torch.equal(sample_top_k(x, vectors, k, temperature, uniforms(700), relative=True), codes)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("num_codes", [3, 60, TILE + 300])
+def test_every_row_draws_the_code_of_its_uniform(num_codes: int, relative: bool) -> None:
+    """Against explicit distances in float64, the k nearest by a full sort, and numpy's own inverse of the sums."""
+    x, vectors, u, k = random(400, 6), random(num_codes, 6, seed=1), uniforms(400), 5
+    distances = torch.cdist(x.double(), vectors.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    sorted_distances, order = distances.sort(-1)
+    gaps = (sorted_distances[:, :k] - sorted_distances[:, :1]).numpy()
+    temperature = 0.7 * (gaps[:, 1:].mean(-1, keepdims=True) if relative else 1.0)
+    p = np.exp(-gaps / temperature)
+    reached = p.cumsum(-1) / p.sum(-1, keepdims=True)
+    wanted = [int(order[i, np.searchsorted(reached[i], u[i].item(), side="right")]) for i in range(400)]
+    assert sample_top_k(x, vectors, k, 0.7, u, relative=relative).tolist() == wanted
+
+
+def test_frequencies_over_the_k_nearest_are_the_tempered_ones() -> None:
+    """CLVQ dossier, check 2: 1e5 draws at a low, a middling and a high temperature; nothing outside the k nearest."""
+    x, vectors, draws, k = random(1, 4), random(30, 4, seed=1), 100_000, 5
+    distances = (x - vectors).double().square().sum(-1)
+    best = distances.topk(k, largest=False)
+    for temperature in (0.5, 3.0, 1e9):
+        codes = sample_top_k(x.expand(draws, 4), vectors, k, temperature, uniforms(draws))
+        counts = torch.bincount(codes, minlength=30)
+        assert int(counts[best.indices].sum()) == draws
+        wanted = torch.softmax(-best.values / temperature, 0) * draws
+        assert stats.chisquare(counts[best.indices].numpy(), wanted.numpy()).pvalue > 1e-3
+    assert wanted.max() - wanted.min() < 1.0, "the last temperature makes all k alike"
+
+
+def test_a_relative_temperature_does_not_depend_on_the_scale() -> None:
+    """At a norm of 24, an absolute T of 1 is next to argmin (CLVQ dossier, section 4)."""
+    x, vectors, u = random(2000, 8), random(50, 8, seed=1), uniforms(2000)
+    codes = sample_top_k(x, vectors, 5, 1.0, u, relative=True)
+    assert (codes != nearest(x, vectors)).double().mean() > 0.3
+    assert torch.equal(sample_top_k(32 * x, 32 * vectors, 5, 1.0, u, relative=True), codes)
+    assert (sample_top_k(32 * x, 32 * vectors, 5, 1.0, u) != nearest(x, vectors)).double().mean() < 0.01
+    same = torch.ones(4, 8)
+    assert sample_top_k(x, same, 4, 1.0, u, relative=True).unique().numel() == 4, "equal distances are all alike"
+
+
+@pytest.mark.parametrize(("num_codes", "dim"), [(64, 3), (1000, 8), (3000, 32)])
+def test_no_split_of_a_batch_changes_a_draw(num_codes: int, dim: int) -> None:
+    half, u = random(num_codes // 2, dim, seed=1), uniforms(1500)
+    vectors = torch.cat([half, half + 2e-7 * random(num_codes // 2, dim, seed=2)])
+    x = half[torch.arange(1500) % len(half)] + 0.01 * random(1500, dim, seed=3)
+    whole = sample_top_k(x, vectors, 4, 1.0, u, relative=True)
+    for sizes in SPLITS:
+        parts = [
+            sample_top_k(*part, relative=True)
+            for part in (
+                (rows, vectors, 4, 1.0, of_rows) for rows, of_rows in zip(x.split(sizes), u.split(sizes), strict=True)
+            )
+        ]
+        assert torch.equal(torch.cat(parts), whole), sizes
+
+
+def test_sampling_takes_empty_batches_foolish_rows_and_autocast() -> None:
+    x, vectors, u = random(600, 4), random(1100, 4, seed=1), uniforms(600)
+    assert sample_top_k(x[:0], vectors, 3, 1.0, u[:0]).shape == (0,)
+    codes = sample_top_k(x, vectors, 3, 1.0, u)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sample_top_k(x, vectors, 3, 1.0, u), codes)
+    bad = x.clone()
+    bad[5], bad[6, 0], bad[7] = float("nan"), float("inf"), 3e38
+    found = sample_top_k(bad, vectors, 3, 1.0, u)
+    assert ((found >= 0) & (found < 1100)).all()
+    rest = torch.ones(600, dtype=torch.bool)
+    rest[5:8] = False
+    assert torch.equal(found[rest], codes[rest])
+
+
+@pytest.mark.parametrize(("k", "temperature", "rows"), [(0, 1.0, 5), (3, 0.0, 5), (3, float("nan"), 5), (3, 1.0, 4)])
+def test_sampling_refuses_bad_arguments(k: int, temperature: float, rows: int) -> None:
+    with pytest.raises(ValueError, match=rf"k={k}, temperature={temperature}.*\({rows},\) for 5 rows"):
+        sample_top_k(random(5, 4), random(9, 4), k, temperature, uniforms(rows))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqcore.estimators import rotate, straight_through
+from vqcore.estimators import rotate, straight_through, substitute_noise
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -182,3 +182,108 @@ def test_gradient_keeps_the_dtype_of_x_under_autocast() -> None:
 def test_shapes_must_agree(estimator) -> None:
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(3,\)"):
         estimator(torch.zeros(2, 3), torch.zeros(3))
+
+
+# Noise substitution
+
+
+def authors_first_formula(x: Tensor, q: Tensor, v: Tensor) -> Tensor:
+    """noise_substitution_vq of MHVali/Space-Filling-Vector-Quantizer 8f067a4."""
+    norm_error, norm_v = (x - q).square().sum(1, keepdim=True).sqrt(), v.square().sum(1, keepdim=True).sqrt()
+    return x + (norm_error / norm_v + 1e-12) * v
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("dim", [1, 2, 64])
+def test_substituted_noise_is_as_long_as_the_error(dtype: torch.dtype, tolerance: float, dim: int) -> None:
+    x, q, v = (random(200, dim, seed=i, dtype=dtype) for i in range(3))
+    moved = substitute_noise(x, q, v) - x
+    torch.testing.assert_close(moved.norm(dim=-1), (x - q).norm(dim=-1), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(unit(moved), unit(v), rtol=0, atol=1e-3 if dtype == torch.float32 else 1e-9)
+    torch.testing.assert_close(substitute_noise(x, q, 7 * v), x + moved)
+
+
+def test_substituted_noise_is_x_on_average() -> None:
+    x, q = random(1, 5), random(1, 5, seed=1)
+    draws = substitute_noise(x.expand(40_000, 5), q.expand(40_000, 5), random(40_000, 5, seed=2))
+    error = (draws.mean(0) - x).abs()
+    assert (error < 5 * draws.std(0) / 200).all()
+
+
+def test_gradients_of_noise_substitution_match_finite_differences_and_the_formula() -> None:
+    x, q, v, g = (random(8, 3, seed=i) for i in range(4))
+    assert torch.autograd.gradcheck(substitute_noise, (x.requires_grad_(), q.requires_grad_(), v))
+    (substitute_noise(x, q, v) * g).sum().backward()
+    u, r = unit(v), unit((x - q).detach())
+    along = r * (u * g).sum(-1, keepdim=True)
+    torch.testing.assert_close(x.grad, g + along)
+    torch.testing.assert_close(q.grad, -along)
+    v.requires_grad_()
+    substitute_noise(x, q, v).sum().backward()
+    assert v.grad is None, "the noise is frozen"
+
+
+def test_noise_substitution_matches_nsvq() -> None:
+    nsvq = pytest.importorskip("nsvq", reason="nsvq, of the dev extra, is the reference here")
+    peer = nsvq.NSVQ(32, 6, codebook_reset=False, allow_warning=False)
+    peer.codebook.data.copy_(random(32, 6, dtype=torch.float32))
+    x, g = random(500, 6, seed=1, dtype=torch.float32), random(500, 6, seed=2, dtype=torch.float32)
+    x[0] = peer.codebook.detach()[3]  # exactly on a code
+    theirs, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.manual_seed(5)
+    wanted, codes, _ = peer(theirs)
+    torch.manual_seed(5)
+    v = torch.distributions.Normal(0, 1).sample(x.shape)
+    codebook = peer.codebook.detach().clone().requires_grad_()
+    found = substitute_noise(ours, codebook[codes], v)
+    torch.testing.assert_close(found, wanted)
+    (wanted * g).sum().backward()
+    (found * g).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(codebook.grad, peer.codebook.grad)
+
+
+def test_a_code_that_is_x_passes_the_gradient_on_where_the_authors_first_formula_gives_nan() -> None:
+    x, v, g = (random(4, 3, seed=i) for i in range(3))
+    q = x.clone().requires_grad_()
+    x.requires_grad_()
+    out = substitute_noise(x, q, v)
+    assert torch.equal(out, x)
+    (out * g).sum().backward()
+    assert torch.equal(x.grad, g)
+    assert not q.grad.any()
+    x.grad = None
+    (authors_first_formula(x, q, v) * g).sum().backward()
+    assert x.grad.isnan().all()
+
+
+def test_no_epsilon_lengthens_the_error() -> None:
+    """MHVali/Noise-Substitution-in-Vector-Quantization 3: an epsilon outside the quotient adds 1e-12 |v| to every
+    error, which is all of it near a code."""
+    x, v = torch.zeros(50, 64, dtype=torch.float64), random(50, 64, seed=1)
+    q = 1e-13 * random(50, 64)
+    error = q.norm(dim=-1)
+    torch.testing.assert_close(substitute_noise(x, q, v).norm(dim=-1), error, rtol=1e-12, atol=0)
+    assert (authors_first_formula(x, q, v).norm(dim=-1) > 5 * error).all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e18, 1e30])
+def test_noise_substitution_stays_finite_at_any_size(size: float) -> None:
+    x, q, v, g = (random(20, 4, seed=i, dtype=torch.float32) for i in range(4))
+    x, q = (size * x).requires_grad_(), (size * q).requires_grad_()
+    out = substitute_noise(x, q, v)
+    torch.testing.assert_close(out / size, substitute_noise(x / size, q / size, v), rtol=1e-4, atol=1e-4)
+    (out * g).sum().backward()
+    assert x.grad.isfinite().all()
+    assert q.grad.isfinite().all()
+
+
+def test_noise_substitution_runs_in_float32_and_refuses_other_shapes() -> None:
+    x, q, v = (random(50, 8, seed=i, dtype=torch.float32) for i in range(3))
+    half = substitute_noise(x.bfloat16(), q.bfloat16(), v)
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, substitute_noise(x.bfloat16().float(), q.bfloat16().float(), v).bfloat16())
+    with pytest.raises(ValueError, match=r"noise has shape \(50, 1\), x \(50, 8\)"):
+        substitute_noise(x, q, v[:, :1])
+    with pytest.raises(ValueError, match=r"\(50, 8\).*\(1, 8\)"):
+        substitute_noise(x, q[:1], v)

@@ -152,6 +152,10 @@ def test_frozen_values() -> None:
     assert noise.uniform(-1, 2**70, keys[:1]).tolist() == EXTREME
 
 
+def test_a_shared_draw_takes_the_step_as_a_tensor() -> None:
+    assert torch.equal(noise.shared_uniform(1, torch.tensor(2), 3, stream=4), noise.shared_uniform(1, 2, 3, stream=4))
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"torch\.int32"):
         noise.uniform(0, 0, torch.zeros(3, dtype=torch.int32))
@@ -172,3 +176,39 @@ def test_refusals() -> None:
 def test_cuda_draws_the_same_numbers() -> None:
     keys = torch.arange(1000)
     assert torch.equal(noise.uniform(1, 2, keys.cuda(), draws=3).cpu(), noise.uniform(1, 2, keys, draws=3))
+
+
+def test_a_step_may_be_a_tensor() -> None:
+    """It stays on its device: no draw waits for a Python number."""
+    keys = torch.tensor([0, 1, -5, 2**40 + 3])
+    for draw in (noise.uniform, noise.normal, noise.gumbel):
+        for step in (0, 7, 2**40):
+            wanted = draw(3, step, keys, level=2, head=5, draws=3)
+            assert torch.equal(draw(3, torch.tensor(step), keys, level=2, head=5, draws=3), wanted)
+
+
+def test_choices_follow_the_weights_and_their_own_uniform() -> None:
+    weights = torch.tensor([[0.0, 1.0, 2.0, 0.0, 5.0, 0.0], [3.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    u = noise.uniform(1, 0, torch.arange(2), draws=N)
+    chosen = noise.choose(weights, u)
+    counts = torch.bincount(chosen[0], minlength=6)[[1, 2, 4]]
+    assert int(counts.sum()) == N, "an index of weight 0 was drawn"
+    assert stats.chisquare(counts.numpy(), (weights[0][[1, 2, 4]] / 8 * N).numpy()).pvalue > 1e-3
+    assert not chosen[1].any()
+    assert torch.equal(noise.choose(weights, u[:, 5:9]), chosen[:, 5:9])
+    reached = torch.tensor([0.0, 0.124, 0.126, 0.374, 0.376, 1 - 2**-53], dtype=torch.float64)
+    assert noise.choose(weights[:1], reached.unsqueeze(0)).tolist() == [[1, 1, 2, 2, 4, 4]]
+
+
+def test_the_largest_uniform_draws_no_weight_of_nought() -> None:
+    totals = torch.cat(
+        [
+            1 + torch.arange(5).double() * 2.0**-52,
+            2 - torch.arange(1, 6).double() * 2.0**-52,
+            noise.uniform(0, 0, KEYS)[:, 0],
+        ]
+    )
+    weights = torch.stack([totals, torch.zeros_like(totals)], dim=1)
+    u = torch.full((len(totals), 1), 1 - 2**-53, dtype=torch.float64)
+    assert not noise.choose(weights, u).any()
+    assert noise.choose(torch.full((1, 3), torch.nan), u[:1]).item() in range(3)

@@ -10,7 +10,16 @@ from torch import Tensor
 from tests.together import Seat, together
 from vqcore import seeding as seeding_module
 from vqcore.reduction import Alone
-from vqcore.seeding import Offer, draw_sample, kmeans_plus_plus, random_rows, sample_size, scaled_spherical, share
+from vqcore.seeding import (
+    Offer,
+    draw_sample,
+    kmeans_plus_plus,
+    norm_blocks,
+    random_rows,
+    sample_size,
+    scaled_spherical,
+    share,
+)
 
 ROWS, D = 300, 5
 LIKE = torch.zeros(8, D)
@@ -202,3 +211,94 @@ def test_scaled_spherical_gives_directions_the_mean_length_of_their_cluster() ->
     torch.testing.assert_close(seeding(3 * x, 6), 3 * made, rtol=1e-4, atol=1e-3)
     with pytest.raises(ValueError, match=r"599 sampled vectors are not zero.*at least 600"):
         seeding(x, 600)
+
+
+def authors_initialization(vectors: Tensor) -> Tensor:
+    """codebook_initialization of MHVali/Space-Filling-Vector-Quantizer 8f067a4, utils.py."""
+    _, indices = torch.sort(torch.linalg.norm(vectors, dim=1))
+    ordered, hop = vectors[indices], len(vectors) // 4
+    return torch.stack([ordered[i * hop : (i + 1) * hop].mean(0) for i in range(4)])
+
+
+def test_norm_blocks_are_those_of_the_authors() -> None:
+    rows = 2.0 + drawn(10, 10_000, D)
+    made = norm_blocks(rows, 4, metric="euclidean", seed=0)
+    torch.testing.assert_close(made, authors_initialization(rows), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "codes"), [(10, 10), (10, 4), (301, 7)])
+def test_norm_blocks_use_every_row_once_in_blocks_of_almost_one_size(rows: int, codes: int) -> None:
+    x = torch.zeros(rows, 2)
+    x[:, 0] = 1.0 + torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    made = norm_blocks(x, codes, metric="euclidean", seed=0)[:, 0].double()
+    # Block b of consecutive integers has mean (first + last) / 2, and the next begins one after its end.
+    last = 0.0
+    for mean in made.tolist():
+        first = last + 1
+        last = round(2 * mean - first)
+        assert last - first + 1 in (rows // codes, -(-rows // codes))
+    assert last == rows
+
+
+def test_norm_blocks_refuse_cosine() -> None:
+    with pytest.raises(ValueError, match="length 1"):
+        norm_blocks(drawn(1, 20, D), 4, metric="cosine", seed=0)
+
+
+def spherical_reference(rows: np.ndarray, start: np.ndarray, iterations: int) -> tuple[np.ndarray, float]:
+    """CLVQ dossier, "Initialisation spherical", steps 2 to 5, and the k-means objective."""
+    lengths = np.linalg.norm(rows, axis=1)
+    directions = rows / lengths[:, None]
+    centres = start / np.linalg.norm(start, axis=1, keepdims=True)
+    distances = ((directions[:, None] - centres) ** 2).sum(-1)
+    for _ in range(iterations):
+        codes = distances.argmin(1)
+        centres = np.stack([directions[codes == k].mean(0) if (codes == k).any() else c for k, c in enumerate(centres)])
+        distances = ((directions[:, None] - centres) ** 2).sum(-1)
+    codes = distances.argmin(1)
+    scale = [lengths[codes == k].mean() if (codes == k).any() else lengths.mean() for k in range(len(centres))]
+    return centres / np.linalg.norm(centres, axis=1, keepdims=True) * np.array(scale)[:, None], distances.min(1).sum()
+
+
+def test_scaled_spherical_matches_a_numpy_reference() -> None:
+    """k-means on unit vectors, centroids normalised again, each as long as its cluster's mean |x|."""
+    rows = (drawn(2, 500, D) + 1.0) * torch.linspace(20, 30, 500).unsqueeze(-1)
+    start = scaled_spherical(rows, 12, metric="euclidean", seed=1, iterations=0)
+    wanted, _ = spherical_reference(rows.double().numpy(), start.double().numpy(), 7)
+    made = scaled_spherical(rows, 12, metric="euclidean", seed=1, iterations=7)
+    np.testing.assert_allclose(made.numpy(), wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_scaled_spherical_does_not_see_the_lengths_when_it_clusters() -> None:
+    """CLVQ dossier, check 5: scaling single vectors leaves directions and clusters alone."""
+    rows = drawn(2, 500, D) + 1.0
+    other = rows * (0.5 + 4 * torch.rand(500, 1, generator=torch.Generator().manual_seed(3)))
+    made, of_other = (scaled_spherical(x, 12, metric="euclidean", seed=1) for x in (rows, other))
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(made), torch.nn.functional.normalize(of_other), rtol=1e-4, atol=1e-4
+    )
+    assert not torch.allclose(made.norm(dim=-1), of_other.norm(dim=-1), rtol=0.1)
+
+
+def test_an_empty_cluster_takes_the_mean_length_of_all() -> None:
+    directions = torch.nn.functional.normalize(drawn(9, 3, D), dim=-1)
+    rows = directions.repeat(10, 1) * torch.linspace(1, 4, 30).unsqueeze(-1)
+    made = scaled_spherical(rows, 5, metric="euclidean", seed=0)
+    lengths, counts = made.norm(dim=-1), torch.bincount((directions @ made.T).argmax(-1), minlength=5)
+    for k in range(3):
+        wanted = rows[k::3].norm(dim=-1).mean()
+        assert ((lengths - wanted).abs() < 1e-3).any()
+    assert int((counts == 0).sum()) == 2
+    torch.testing.assert_close(lengths[counts == 0], torch.full((2,), rows.norm(dim=-1).mean().item()))
+
+
+def test_of_several_restarts_the_best_counts() -> None:
+    rows = drawn(3, 400, D)
+    single = [scaled_spherical(rows, 30, metric="euclidean", seed=seed) for seed in range(4)]
+    starts = [scaled_spherical(rows, 30, metric="euclidean", seed=seed, iterations=0) for seed in range(4)]
+    objectives = [spherical_reference(rows.double().numpy(), s.double().numpy(), 30)[1] for s in starts]
+    best = int(np.argmin(objectives))
+    assert best != 0, "the case must have a better start than the first"
+    assert torch.equal(scaled_spherical(rows, 30, metric="euclidean", seed=0, restarts=4), single[best])
+    with pytest.raises(ValueError, match="restarts is 0"):
+        scaled_spherical(rows, 30, metric="euclidean", seed=0, restarts=0)

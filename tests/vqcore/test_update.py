@@ -166,3 +166,51 @@ def test_float32_rows_are_summed_in_float64() -> None:
     sums = one.split()[1]
     assert sums is not None
     assert sums.item() == pytest.approx(2.0**24 + 4095 * x[1].double().item(), rel=1e-15)
+
+
+def test_several_codes_a_vector_share_it_equally() -> None:
+    """IA-GPL's mean of m draws: the same as m passes over the vectors, each weighing 1/m."""
+    rule = Rule(decay=0.9, revive_below=0.0, eps=1e-5, seed=5)
+    x = drawn(1, N, D)
+    codes = torch.randint(K, (N, 3), generator=torch.Generator().manual_seed(2))
+    codes[::5] = -1
+    x[::5] = 0.0
+    one = Statistics(fresh(), rule)
+    one.add(x[:20], codes[:20], None)
+    one.add(x[20:], codes[20:], None)
+    counts, sums = one.split()
+    wanted = torch.nn.functional.one_hot(codes[codes[:, 0] >= 0], K).sum(1).double() / 3
+    torch.testing.assert_close(counts, wanted.sum(0))
+    torch.testing.assert_close(sums, wanted.T @ x[codes[:, 0] >= 0].double())
+    assert one.total() == 48
+    assert one.seen == N
+
+
+def test_shares_that_add_up_short_of_a_vector_still_count_it() -> None:
+    """A tenth ten times is 0.9999999999999999: cut off instead of rounded, the vector could revive nothing."""
+    book = fresh()
+    book.counts.fill_(0.5)
+    one = Statistics(book, RULE)
+    one.add(drawn(1, 1, D), torch.full((1, 10), 3), torch.arange(1))
+    assert one.split()[0].sum() < 1.0, "the case must fall short"
+    update([one], Alone())
+    assert book.revived is not None
+    assert int(book.revived.sum()) == 1
+
+
+def test_a_rule_of_its_own_may_kill_codes_that_the_decay_alone_would_not() -> None:
+    def halve(book: Codebook, counts: Tensor, sums: Tensor | None, decay: float, eps: float) -> None:
+        book.ema_update(counts, sums, decay, eps)
+        book.counts *= 0.5
+
+    rule = Rule(decay=0.9, revive_below=1.0, eps=1e-5, seed=5, move=halve)
+    x, keys = drawn(9, N, D), torch.arange(N)
+    books = [fresh(), fresh()]
+    for book, parts in zip(books, ([N], [20, 20, 20]), strict=True):
+        book.counts.fill_(1.5)
+        one = Statistics(book, rule)
+        for rows, of_rows in zip(x.split(parts), keys.split(parts), strict=True):
+            one.add(rows, torch.full((len(rows),), 3), of_rows)
+        update([one], Alone())
+    assert books[0].revived is not None
+    assert bits(books[:1]) == bits(books[1:])

@@ -1,8 +1,12 @@
 """Checks of constructor arguments that quantizers share, so that they refuse alike."""
 
 import math
+from typing import Literal, get_args
 
 from vqcore.update import Rule
+
+Ema = Literal["source", "standard"]
+"""How a codebook moves where a system's source has a rule of its own: by that, or as VectorQuantizer's does."""
 
 
 def check_sizes(**sizes: object) -> None:
@@ -31,3 +35,11 @@ def check_rule(rule: Rule) -> None:
     if rule.decay is not None and not 0.0 <= rule.decay < 1.0:
         raise ValueError(f"decay is {rule.decay}; it must lie in [0, 1), or be None to learn the codebook by gradient")
     check_weights(revive_below=rule.revive_below, eps=rule.eps)
+
+
+def check_ema(ema: str, decay: float | None) -> None:
+    """Raise ValueError for an unknown `ema`, or a decay of None, which means a codebook that is learned by gradient."""
+    if ema not in get_args(Ema):
+        raise ValueError(f"ema is {ema!r}; it must be one of {', '.join(get_args(Ema))}")
+    if decay is None:
+        raise ValueError("decay is None; this codebook moves by averages alone: give a decay in [0, 1)")

@@ -1,7 +1,9 @@
 """Small instances of every quantizer for the contract tests: one module here for each in vqcore/quantizers.
 
 Each module holds `CASES: dict[str, Callable[..., nn.Module]]`. A callable takes `reduce` and `seed`, and returns a
-quantizer of D = 4 and at most 16 codes a level that is seeded without data, with revival wherever there is any.
+quantizer of D = 4 and at most 16 codes a level that is seeded without data, with revival wherever there is any. One
+that also takes `seeding` is tried with seedings from data too. The first case of a module runs what takes long: the
+400 steps of tests/contracts/workers.py.
 """
 
 import importlib

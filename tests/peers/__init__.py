@@ -1,0 +1,1 @@
+"""Agreement with independent code: one module a peer, each test one contract. `python -m tests.peers` counts them."""

@@ -1,0 +1,112 @@
+"""faiss: k-means from the same start, residual codes from the same codebooks, exact search."""
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.peers.verdict import peer_is_wrong
+from vqcore import seeding
+from vqcore.assign import nearest
+from vqcore.quantizers import VectorBatch, VectorQuantizer
+
+PEER = "faiss-cpu"
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def lloyd(rows: Tensor, start: Tensor, iterations: int = 10) -> Tensor:
+    return seeding._lloyd(rows, start, "euclidean", iterations)[0]
+
+
+def kmeans(rows: Tensor, start: Tensor, iterations: int = 10, **options: int) -> tuple[Tensor, faiss.Kmeans]:
+    peer = faiss.Kmeans(rows.shape[1], len(start), niter=iterations, **options)
+    peer.train(rows.numpy(), init_centroids=start.numpy())
+    return torch.from_numpy(peer.centroids), peer
+
+
+def test_lloyd_from_the_same_start() -> None:
+    rows = drawn(1, 4000, 8)
+    centroids, _ = kmeans(rows, rows[:32], max_points_per_centroid=4000)
+    torch.testing.assert_close(lloyd(rows, rows[:32]), centroids, rtol=0, atol=1e-5)
+
+
+def test_lloyd_starts_and_ends_at_the_same_objective() -> None:
+    """The objective of every iteration, since each is Lloyd's of the one before."""
+    rows = drawn(2, 3000, 16)
+    _, peer = kmeans(rows, rows[:50], max_points_per_centroid=3000)
+    for iteration, stats in enumerate(np.atleast_1d(peer.obj)):
+        ours = torch.cdist(rows, lloyd(rows, rows[:50], iteration)).amin(-1).double().square().sum()
+        assert ours.item() == pytest.approx(float(stats), rel=1e-4)
+
+
+def test_search_of_separated_vectors() -> None:
+    rows, codes = drawn(3, 3000, 32), drawn(4, 500, 32)
+    index = faiss.IndexFlatL2(32)
+    index.add(codes.numpy())
+    distances, found = index.search(rows.numpy(), 2)
+    clear = torch.from_numpy(distances[:, 1] - distances[:, 0] > 1e-3)
+    assert clear.float().mean() > 0.99
+    assert torch.equal(nearest(rows, codes)[clear], torch.from_numpy(found[:, 0])[clear])
+
+
+def test_cosine_is_its_inner_product_search() -> None:
+    rows, codes = drawn(5, 2000, 8), drawn(6, 64, 8)
+    q = VectorQuantizer(64, 8, metric="cosine")
+    q.codebook.set_vectors(codes)
+    index = faiss.IndexFlatIP(8)
+    index.add(q.codebook.vectors.numpy())
+    _, found = index.search(torch.nn.functional.normalize(rows, dim=-1).numpy(), 1)
+    assert torch.equal(q.assign(rows), torch.from_numpy(found[:, 0]))
+
+
+def test_residual_codes_and_decoding_at_beam_one() -> None:
+    """faiss 4258: its default beam is 5; greedy search is beam 1."""
+    levels, dim = 3, 8
+    residual = pytest.importorskip("vqcore.quantizers.residual", reason="no residual quantizer yet")
+    q = residual.ResidualQuantizer(16, dim, levels=levels, seed=1)
+    peer = faiss.ResidualQuantizer(dim, levels, 4)
+    books = torch.cat([book.vectors for book in q.codebooks])
+    faiss.copy_array_to_vector(books.numpy().reshape(-1), peer.codebooks)
+    peer.is_trained, peer.max_beam_size = True, 1
+    rows = drawn(7, 1000, dim)
+    packed = peer.compute_codes(rows.numpy())
+    theirs = torch.from_numpy(faiss.unpack_bitstrings(packed, levels, 4).astype(np.int64))
+    codes = q.assign(rows)
+    assert torch.equal(codes, theirs)
+    torch.testing.assert_close(q.look_up(codes), torch.from_numpy(peer.decode(packed)), rtol=0, atol=1e-5)
+
+
+def test_a_nan_never_reaches_the_centroids() -> None:
+    """faiss refuses the batch; ours leaves the vector out and counts it."""
+    rows = drawn(8, 500, 4)
+    rows[7, 2] = torch.nan
+    with pytest.raises(RuntimeError, match="NaN"):
+        kmeans(rows, drawn(9, 8, 4))
+    q = VectorQuantizer(8, 4, seeding=seeding.kmeans_plus_plus)
+    assert "1 more were not finite" in q.seed([VectorBatch(rows)])
+    assert q.codebook.vectors.isfinite().all()
+
+
+def test_fewer_vectors_than_centroids_are_refused_by_both() -> None:
+    with pytest.raises(RuntimeError, match="Number of training points"):
+        kmeans(drawn(1, 7, 4), drawn(2, 8, 4))
+    with pytest.raises(ValueError, match=r"7 usable vectors.* 8 codes"):
+        VectorQuantizer(8, 4, seeding=seeding.kmeans_plus_plus).seed([VectorBatch(drawn(1, 7, 4))])
+
+
+@peer_is_wrong(
+    "facebookresearch/faiss 789: k-means of 3,000 vectors into 4 silently uses 1,024 of them",
+    right="all 3,000, and the sentence says so",
+)
+def test_no_silent_sample() -> None:
+    rows = drawn(1, 3000, 8)
+    centroids, _ = kmeans(rows, rows[:4], 25)
+    everything, _ = kmeans(rows, rows[:4], 25, max_points_per_centroid=3000)
+    assert (centroids - everything).abs().max() > 0.01
+    torch.testing.assert_close(lloyd(rows, rows[:4], 25), everything, rtol=0, atol=1e-4)
+    q = VectorQuantizer(4, 8, seeding=seeding.kmeans_plus_plus)
+    assert "from 3000 of 3000 vectors" in q.seed([VectorBatch(rows)])

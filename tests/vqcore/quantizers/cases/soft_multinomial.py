@@ -1,0 +1,11 @@
+from functools import partial
+
+from tests.vqcore.quantizers.cases import D, K
+from vqcore.quantizers import MultinomialQuantizer
+
+CASES = {
+    "source": partial(MultinomialQuantizer, K, D, draws=3),
+    "source-revival": partial(MultinomialQuantizer, K, D, draws=3, revive_below=1.0, decay=0.5),
+    "standard": partial(MultinomialQuantizer, K, D, draws=3, ema="standard", revive_below=1.0, decay=0.5),
+    "sample-in-eval": partial(MultinomialQuantizer, K, D, draws=2, sample_in_eval=True),
+}
