@@ -554,7 +554,8 @@ def test_dropped_levels_add_nothing_and_change_nothing(kind: dict[str, Any]) -> 
         if not kind["shared"]:
             for level in range(kept, L):
                 assert bits(q.codebooks[level]) == before[level]
-                assert q.codebooks[level].vectors.grad is None
+                if learned:
+                    assert not q.codebooks[level].vectors.grad.any(), "0, not None: DDP waits for it"
     assert seen == {1, 2}
 
 
