@@ -54,7 +54,8 @@ class ResidualQuantizer(nn.Module):
         loss = 1 / (n D) sum over vectors and levels of  beta |r_l - sg(e_l)|^2  +  |sg(r_l) - e_l|^2
 
     the second term only where the codebooks are learned (decay=None). So it is a mean over D, a *sum* over levels, a
-    mean over vectors. A residual is x less constants, therefore:
+    mean over vectors. The first equals |x - sg(e_1 + ... + e_l)|^2, the commitment of RQ-VAE (which averages it over
+    levels). A residual is x less constants, therefore:
 
     - every level's commitment reaches x with its own gradient, 2 beta / (n D) r_{l+1}, whole;
     - beta multiplies that term alone, the one that moves the encoder;
