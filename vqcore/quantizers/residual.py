@@ -54,7 +54,8 @@ class ResidualQuantizer(nn.Module):
         loss = 1 / (n D) sum over vectors and levels of  beta |r_l - sg(e_l)|^2  +  |sg(r_l) - e_l|^2
 
     the second term only where the codebooks are learned (decay=None). So it is a mean over D, a *sum* over levels, a
-    mean over vectors. A residual is x less constants, therefore:
+    mean over vectors. The first equals |x - sg(e_1 + ... + e_l)|^2, the commitment of RQ-VAE (which averages it over
+    levels). A residual is x less constants, therefore:
 
     - every level's commitment reaches x with its own gradient, 2 beta / (n D) r_{l+1}, whole;
     - beta multiplies that term alone, the one that moves the encoder;
@@ -83,8 +84,8 @@ class ResidualQuantizer(nn.Module):
             where shared); 0 never.
         dropout: probability that a training step keeps fewer levels, their number drawn evenly from keep_levels to
             L - 1, alike on all workers and in all forwards of an `accumulate` block (SoundStream's quantizer dropout;
-            drawn per step, not per vector). Dropped levels give code -1, add 0, and change nothing: no decay, and no
-            gradient at all (None) for their parameters. Costs a host synchronisation a step on CUDA.
+            drawn per step, not per vector). Dropped levels give code -1, add 0, and change nothing: no decay, and
+            a gradient of 0. Costs a host synchronisation a step on CUDA.
         keep_levels: the fewest that dropout keeps; L switches it off.
         reduce, seed, eps: as in VectorQuantizer.
 
@@ -197,17 +198,19 @@ class ResidualQuantizer(nn.Module):
             for level in self._walk(rows, self._kept() if self.training else self.levels):
                 codes.append(level.codes)
                 squared = level.left.square().sum(dtype=torch.float64)  # |r_l - sg(e_l)|^2
-                objective = objective + self.commitment_weight * squared + self._codebook_term(level)
+                objective = objective + self.commitment_weight * squared
+                objective = objective + self._codebook_term(level.number, level.residual, level.codes)
                 if self.training:
                     self._add(statistics, level, named)
+            for number in range(len(codes), self.levels):  # no vectors: a gradient of 0, which DDP would miss
+                objective = objective + self._codebook_term(number, rows.x[:0], codes[0][:0])
             if self.training:
                 count, world = self._updates.end(statistics, rows.valid)
                 output = only(rows.valid, self.estimator(rows.x, level.output))
             else:
                 count, world, output = rows.valid.sum(), 1, level.output
             loss = (objective * per_element(count, world, self.code_dim)).to(rows.x.dtype)
-            dropped = self.levels - len(codes)
-            stacked = nn.functional.pad(torch.stack(codes, -1), (0, dropped), value=-1)
+            stacked = nn.functional.pad(torch.stack(codes, -1), (0, self.levels - len(codes)), value=-1)
         return quantized(x, rows, output, stacked, loss, squared)
 
     @torch.no_grad()
@@ -271,12 +274,10 @@ class ResidualQuantizer(nn.Module):
             yield _Level(number, residual, codes, left, output)
             residual = left
 
-    def _codebook_term(self, level: _Level) -> Tensor | float:
+    def _codebook_term(self, number: int, residual: Tensor, codes: Tensor) -> Tensor | float:
         """|sg(r_l) - e_l|^2 where the codebook is learned, summed over vectors and D."""
-        book = self.book_of(level.number)
-        if not book.learned:
-            return 0.0
-        return losses.squared_error(level.residual.detach(), pick(book.vectors, level.codes))
+        book = self.book_of(number)
+        return losses.squared_error(residual.detach(), pick(book.vectors, codes)) if book.learned else 0.0
 
     def _kept(self) -> int:
         """How many levels this training step keeps: a function of (seed, number of updates so far)."""

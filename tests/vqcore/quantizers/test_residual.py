@@ -301,6 +301,18 @@ def test_the_loss_and_its_gradients_match_the_formula(kind: dict[str, Any]) -> N
             torch.testing.assert_close(book.vectors.grad.double(), gradient, rtol=1e-4, atol=1e-7)
 
 
+def test_the_commitment_is_that_of_partial_sums() -> None:
+    """kakaobrain/rq-vae-transformer: |z - sg(z_hat of d levels)|^2, there averaged over depths and here added up."""
+    q, x = made(commitment_weight=1.0), drawn(1, 30, D).requires_grad_()
+    out = q.eval()(x)
+    codes = out.codes.unsqueeze(0).repeat(L, 1, 1)
+    for depth in range(L):
+        codes[depth, :, depth + 1 :] = -1
+    wanted = L * (x - q.look_up(codes)).square().mean()
+    torch.testing.assert_close(out.loss, wanted)
+    torch.testing.assert_close(torch.autograd.grad(out.loss, x), torch.autograd.grad(wanted, x))
+
+
 def prefixes(q: ResidualQuantizer, **options: Any) -> Iterator[ResidualQuantizer]:
     """Quantizers of the first 1, 2, ... levels of q."""
     for levels in range(1, q.levels + 1):
@@ -554,7 +566,8 @@ def test_dropped_levels_add_nothing_and_change_nothing(kind: dict[str, Any]) -> 
         if not kind["shared"]:
             for level in range(kept, L):
                 assert bits(q.codebooks[level]) == before[level]
-                assert q.codebooks[level].vectors.grad is None
+                if learned:
+                    assert not q.codebooks[level].vectors.grad.any(), "0, not None: DDP waits for it"
     assert seen == {1, 2}
 
 
@@ -563,12 +576,12 @@ def test_the_number_of_levels_is_a_function_of_seed_and_step() -> None:
         return [int((q(drawn(step, 3, D)).codes[0] >= 0).sum()) for step in range(steps)]
 
     q = made(num_codes=4, levels=5, dropout=0.5, keep_levels=2)
-    drawn_levels = kept(q, 400)
+    drawn_levels = kept(q, 200)
     assert kept(made(num_codes=4, levels=5, dropout=0.5, keep_levels=2), 40) == drawn_levels[:40]
     assert kept(made(num_codes=4, levels=5, dropout=0.5, keep_levels=2, seed=3), 40) != drawn_levels[:40]
-    shares = np.bincount(drawn_levels, minlength=6) / 400
+    shares = np.bincount(drawn_levels, minlength=6) / 200
     assert shares[:2].tolist() == [0.0, 0.0]
-    np.testing.assert_allclose(shares[2:], [1 / 6, 1 / 6, 1 / 6, 1 / 2], atol=0.06)
+    np.testing.assert_allclose(shares[2:], [1 / 6, 1 / 6, 1 / 6, 1 / 2], atol=0.08)
     assert DROPOUT > 0, "stream 0 is other quantizers'"
     assert set(kept(made(dropout=1.0, keep_levels=L), 20)) == {L}
     assert set(kept(made(), 20)) == {L}
