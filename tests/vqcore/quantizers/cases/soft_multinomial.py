@@ -7,5 +7,4 @@ CASES = {
     "source": partial(MultinomialQuantizer, K, D, draws=3),
     "source-revival": partial(MultinomialQuantizer, K, D, draws=3, revive_below=1.0),
     "standard": partial(MultinomialQuantizer, K, D, draws=3, ema="standard", revive_below=1.0),
-    "sample-in-eval": partial(MultinomialQuantizer, K, D, draws=2, sample_in_eval=True),
 }
