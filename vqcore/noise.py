@@ -58,10 +58,9 @@ def choose(weights: Float[Tensor, "N K"], u: Float[Tensor, "N draws"]) -> Int64[
     Weights are 0 or more, with something above 0 in every row; other rows get some index.
     """
     reached = weights.double().cumsum(-1)
-    total = reached[:, -1:]
-    # Strictly below the total, also where u x total rounds up to it: beyond it there is nothing to draw.
-    wanted = torch.minimum(u.double() * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(reached, wanted, right=True).clamp_(max=weights.shape[1] - 1)
+    # u of at most 1 - 2^-53 times the total never rounds up to it, so only a NaN gets as far as the clamp.
+    found = torch.searchsorted(reached, u.double() * reached[:, -1:], right=True)
+    return found.clamp_(max=weights.shape[1] - 1)
 
 
 def shared_uniform(seed: int, step: Step, count: int, *, stream: int = 0) -> Float[Tensor, " count"]:

@@ -41,6 +41,8 @@ class Rule:
     own, so that a row offers each level's residual with another key."""
     shared_by: int = 1
     """How many levels share the codebook. Their counts travel apart, their sums together; one moving average."""
+    draws: int = 1
+    """How many codes a vector has: each of m counts 1/m and gets x/m."""
     move: Callable[[Any, Tensor, Tensor | None, float, float], None] | None = None
     """(book, global counts, global sums, decay, eps) -> moves the book; None: `book.ema_update`. A module-level
     function, for the systems whose source updates by another rule."""
@@ -81,32 +83,32 @@ class Statistics:
         return by_level[0] if len(by_level) == 1 else by_level.sum(0), self.sums()
 
     def total(self) -> Float64[Tensor, ""]:
-        """Number of vectors counted; of all workers after the update. Shares of 1/m only add up to it by rounding; of
-        levels that share the book, the first counts every vector."""
+        """Number of vectors of all workers, once updated. Shares of 1/m only add up to it by rounding; of levels that
+        share the book, the first counts every vector."""
         return self.level_counts()[0].sum().round()
 
     @torch.no_grad()
     def add(
         self, x: Float[Tensor, "N D"], codes: Int64[Tensor, "N ..."], keys: Int64[Tensor, " N"] | None, level: int = 0
     ) -> None:
-        """Count `codes` and sum `x` per code; of m codes a vector, each counts 1/m and gets x/m. A vector of code -1
-        takes no part, and its x must be 0.
+        """Count `codes` [N], or [N, m] where the rule has m draws, and sum `x` per code. A vector of code -1 takes no
+        part, and its x must be 0.
 
-        `keys` may be None where the rule never revives. `level` counts from 0 among those that share the book.
+        `keys` may be None where the rule never revives. Draws count as whole numbers, which add up the same in any
+        order; `update` divides them. `level` counts from 0 among those that share the book.
         """
         counts, sums = self.level_counts()[level], self.sums()
-        drawn = codes if codes.ndim == 2 else codes.unsqueeze(-1)
-        draws = drawn.shape[1]
+        drawn = codes.view(-1, self.rule.draws)
         valid = drawn[:, 0] >= 0
         index = drawn.clamp(min=0)
         for column in index.unbind(1):
-            counts.index_add_(0, column, valid.double() / draws)
+            counts.index_add_(0, column, valid.double())
         if sums is not None:
             tile = _TILE if x.device.type == "cpu" else max(1, len(x))
             for rows, where in zip(x.detach().split(tile), index.split(tile), strict=True):
-                share = rows.double() if draws == 1 else rows.double() / draws
+                wide = rows.double()
                 for column in where.unbind(1):
-                    sums.index_add_(0, column, share)
+                    sums.index_add_(0, column, wide)
         if level == 0:
             self.seen += len(codes)
         if self.rule.revive_below > 0:
@@ -164,6 +166,8 @@ def update(statistics: Sequence[Statistics], reduce: Reduction) -> None:
         for one, part in zip(statistics, packed.split([len(one.packed) for one in statistics]), strict=True):
             one.packed.copy_(part)
     for one in statistics:
+        if one.rule.draws > 1:
+            one.packed /= one.rule.draws
         counts, sums = one.split()
         decay = COUNT_DECAY if one.rule.decay is None else one.rule.decay
         if one.rule.move is None:

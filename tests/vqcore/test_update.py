@@ -170,30 +170,34 @@ def test_float32_rows_are_summed_in_float64() -> None:
 
 def test_several_codes_a_vector_share_it_equally() -> None:
     """IA-GPL's mean of m draws: the same as m passes over the vectors, each weighing 1/m."""
-    rule = Rule(decay=0.9, revive_below=0.0, eps=1e-5, seed=5)
+    rule = Rule(decay=0.9, revive_below=0.0, eps=1e-5, seed=5, draws=3)
     x = drawn(1, N, D)
     codes = torch.randint(K, (N, 3), generator=torch.Generator().manual_seed(2))
     codes[::5] = -1
     x[::5] = 0.0
-    one = Statistics(fresh(), rule)
+    one, book = Statistics(fresh(), rule), fresh()
     one.add(x[:20], codes[:20], None)
     one.add(x[20:], codes[20:], None)
+    update([one], Alone())
     counts, sums = one.split()
-    wanted = torch.nn.functional.one_hot(codes[codes[:, 0] >= 0], K).sum(1).double() / 3
-    torch.testing.assert_close(counts, wanted.sum(0))
-    torch.testing.assert_close(sums, wanted.T @ x[codes[:, 0] >= 0].double())
+    of_vectors = torch.nn.functional.one_hot(codes[codes[:, 0] >= 0], K).sum(1).double()
+    assert torch.equal(counts, of_vectors.sum(0) / 3), "to the bit in any order: divided once, at the end"
+    torch.testing.assert_close(sums, (of_vectors / 3).T @ x[codes[:, 0] >= 0].double())
     assert one.total() == 48
     assert one.seen == N
+    book.ema_update(counts, sums, 0.9, 1e-5)
+    assert bits([one.book]) == bits([book])
 
 
 def test_shares_that_add_up_short_of_a_vector_still_count_it() -> None:
-    """A tenth ten times is 0.9999999999999999: cut off instead of rounded, the vector could revive nothing."""
+    """Cut off instead of rounded, the number of vectors could be one too low, and one fewer code revived."""
+    rule = Rule(decay=0.9, revive_below=1.0, eps=1e-5, seed=5, draws=7)
     book = fresh()
     book.counts.fill_(0.5)
-    one = Statistics(book, RULE)
-    one.add(drawn(1, 1, D), torch.full((1, 10), 3), torch.arange(1))
-    assert one.split()[0].sum() < 1.0, "the case must fall short"
+    one = Statistics(book, rule)
+    one.add(drawn(1, 1, D), (torch.arange(7) % 3).unsqueeze(0), torch.arange(1))
     update([one], Alone())
+    assert one.split()[0].sum() < 1.0, "the case must fall short"
     assert book.revived is not None
     assert int(book.revived.sum()) == 1
 

@@ -84,7 +84,7 @@ class MultinomialQuantizer(nn.Module):
         check_weights(commitment_weight=commitment_weight)
         check_ema(ema, decay)
         move = ema_of_means if ema == "source" else None
-        rule = Rule(decay=decay, revive_below=revive_below, eps=eps, seed=seed, move=move)
+        rule = Rule(decay=decay, revive_below=revive_below, eps=eps, seed=seed, draws=draws, move=move)
         check_rule(rule)
         self.num_codes = num_codes
         self.code_dim = code_dim
@@ -100,7 +100,7 @@ class MultinomialQuantizer(nn.Module):
             generator = torch.Generator().manual_seed(seed)
             drawn = torch.rand(num_codes, code_dim, generator=generator, dtype=torch.float32, device="cpu")
             bound = math.sqrt(6.0 / (num_codes + code_dim))
-            self.codebook.set_vectors((2.0 * drawn - 1.0) * bound, self._first_count)
+            self.codebook.set_vectors((2.0 * drawn - 1.0) * bound, 1.0 / draws if ema == "source" else 1.0)
 
     def extra_repr(self) -> str:
         rule = self._updates.rules[0]
@@ -187,17 +187,14 @@ class MultinomialQuantizer(nn.Module):
         return self._updates.accumulate(count, self.training)
 
     def seed(self, batches: Iterable[VectorBatch]) -> str:
-        """Set the codebook from data; see VectorQuantizer.seed. Counts start as those of a drawn codebook do."""
+        """Set the codebook from data; see VectorQuantizer.seed. With ema="source" counts start at 1/m."""
         return self._seed_from(from_data.offers_of(batches, self.codebook, self._updates.reduce))
 
-    @property
-    def _first_count(self) -> float:
-        """The source's N of 1/m; where codes can be dead, the grace that a revived code has."""
-        rule = self._updates.rules[0]
-        return 1.0 / self.draws if self.ema == "source" and rule.revive_below == 0 else rule.revived_count
-
     def _seed_from(self, offers: Iterable[Offer]) -> str:
-        return from_data.seed_from(offers, self.codebook, self._updates, self.seeding, self._first_count)
+        # The source's first N; where codes can be dead, the grace of a revived code, or all would be dead at once.
+        mortal = self._updates.rules[0].revive_below > 0
+        count = 1.0 / self.draws if self.ema == "source" and not mortal else None
+        return from_data.seed_from(offers, self.codebook, self._updates, self.seeding, count)
 
     def _draw(self, rows: Rows, keys: Tensor) -> Tensor:
         u = noise.uniform(self._updates.rules[0].seed, self.codebook.step, keys, draws=self.draws)

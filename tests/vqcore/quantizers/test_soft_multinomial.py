@@ -25,7 +25,7 @@ def drawn(seed: int, *shape: int) -> Tensor:
 def made(**options: Any) -> MultinomialQuantizer:
     q = MultinomialQuantizer(K, D, **{"draws": M, "decay": 0.8, "seed": 3, **options})
     if q.seeded:
-        q.codebook.set_vectors(drawn(8, K, D), q._first_count)  # farther apart than the source's start
+        q.codebook.set_vectors(drawn(8, K, D), q.codebook.counts[0].item())  # farther apart than the source's start
     return q
 
 
@@ -336,7 +336,7 @@ def test_accumulate_equals_one_forward_on_all(ema: str) -> None:
         torch.testing.assert_close(q.codebook.vectors, whole.codebook.vectors)
 
 
-def test_it_starts_from_data_with_the_counts_of_a_fresh_one() -> None:
+def test_it_starts_from_data() -> None:
     q = made(seeding=random_rows)
     out = q(drawn(1, 5, D))
     assert out.codes.shape == (5, M)

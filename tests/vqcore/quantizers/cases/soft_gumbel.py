@@ -5,5 +5,5 @@ from vqcore.quantizers import GumbelQuantizer
 
 CASES = {
     "source": partial(GumbelQuantizer, K, D),
-    "noise-in-eval": partial(GumbelQuantizer, K, D, temperature=1.0, init_std=1.0, noise_in_eval=True),
+    "cooler": partial(GumbelQuantizer, K, D, temperature=1.0, init_std=1.0),
 }
