@@ -1,6 +1,6 @@
 """DerivedCodebook: K vectors that are a function of their quantizer's parameters, such as a linear map of a basis."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -8,6 +8,19 @@ from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor, nn
 
 from vqcore.codebook import checked, pick, precise, record
+
+
+def refuse_misfit(quantizer: nn.Module, state: Mapping[str, Tensor], prefix: str) -> None:
+    """Raise RuntimeError, before anything is copied, where `state` holds a tensor of another shape than `quantizer` and
+    its codebook do. To be called from `_load_from_state_dict` of the quantizer: its parameters and the codebook's
+    counts belong together, and torch alone would copy those that happen to fit."""
+    misfits = [
+        f"{prefix}{name} has shape {tuple(state[prefix + name].shape)} in the state and {tuple(own.shape)} here"
+        for name, own in quantizer.state_dict().items()
+        if prefix + name in state and state[prefix + name].shape != own.shape
+    ]
+    if misfits:
+        raise RuntimeError(f"this state belongs to a quantizer of other sizes: {'; '.join(misfits)}")
 
 
 class DerivedCodebook(nn.Module):
@@ -42,6 +55,14 @@ class DerivedCodebook(nn.Module):
     def vectors(self) -> Float[Tensor, "K D"]:
         """Computed at every access, differentiable."""
         return self._derive()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the vectors: float32, or float64 in the float64 test mode. Derives them to find out."""
+        return self.readable().dtype
+
+    def extra_repr(self) -> str:
+        return f"num_codes={self.num_codes}, code_dim={self.code_dim}"
 
     def readable(self) -> Float[Tensor, "K D"]:
         """The vectors as assignment and look-up see them: detached."""

@@ -86,11 +86,11 @@ def _tiles(
 ) -> Iterator[tuple[slice, Float[Tensor, "n K"]]]:
     """(rows, their shares) one tile after the other."""
     num_codes = len(vectors)
-    height = _height(num_codes)
+    height = tile_height(num_codes)
     norms = vectors.square().sum(-1)
     for start in range(0, len(x), height):
         rows = slice(start, min(start + height, len(x)))
-        scores = _product(x[rows], vectors.T, height).mul_(2.0).sub_(norms)
+        scores = padded_product(x[rows], vectors.T, height).mul_(2.0).sub_(norms)
         if gumbel is not None:
             drawn = noise.gumbel(gumbel.seed, gumbel.step, gumbel.keys[rows], draws=num_codes)
             scores += drawn.to(scores.dtype)
@@ -98,12 +98,12 @@ def _tiles(
         yield rows, scores.div_(temperature).softmax(-1)
 
 
-def _height(num_codes: int) -> int:
+def tile_height(num_codes: int) -> int:
     """Rows of every product with this many codes."""
     return max(1, min(MOST_ROWS_PER_TILE, CELLS_PER_TILE // num_codes))
 
 
-def _product(rows: Float[Tensor, "n A"], matrix: Float[Tensor, "A B"], height: int) -> Float[Tensor, "n B"]:
+def padded_product(rows: Float[Tensor, "n A"], matrix: Float[Tensor, "A B"], height: int) -> Float[Tensor, "n B"]:
     """rows @ matrix, in a product of exactly `height` rows."""
     return (F.pad(rows, (0, 0, 0, height - len(rows))) @ matrix)[: len(rows)]
 
@@ -116,22 +116,22 @@ class _Mix(Function):
         mixed = torch.empty_like(x)
         with exact_products(x.device):
             for rows, shares in _tiles(x, vectors, temperature, gumbel):
-                mixed[rows] = _product(shares, vectors, _height(len(vectors)))
+                mixed[rows] = padded_product(shares, vectors, tile_height(len(vectors)))
         return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, vectors = ctx.saved_tensors
-        height = _height(len(vectors))
+        height = tile_height(len(vectors))
         to_x, to_vectors = torch.empty_like(x), torch.zeros_like(vectors)
         with exact_products(x.device):
             for rows, shares in _tiles(x, vectors, ctx.temperature, ctx.gumbel):
                 given = gradient[rows]
-                along = _product(given, vectors.T, height)  # dL/dpi_k
+                along = padded_product(given, vectors.T, height)  # dL/dpi_k
                 # Softmax: dL/d(score_k) = pi_k (dL/dpi_k - sum_l pi_l dL/dpi_l) / T, and score_k = 2 x.v_k - |v_k|^2.
                 to_scores = shares * (along - (along * shares).sum(-1, keepdim=True)) / ctx.temperature
-                to_x[rows] = 2.0 * _product(to_scores, vectors, height)
+                to_x[rows] = 2.0 * padded_product(to_scores, vectors, height)
                 to_vectors += shares.T @ given + 2.0 * (to_scores.T @ x[rows])
                 to_vectors -= 2.0 * to_scores.sum(0).unsqueeze(-1) * vectors
         return to_x, to_vectors, None, None

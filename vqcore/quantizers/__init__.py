@@ -1,6 +1,8 @@
 """Quantizers: one file per method, all with the calls of `contract.Quantizer`."""
 
 from vqcore.quantizers.contract import Quantized, Quantizer, VectorBatch, quantizers_in
+from vqcore.quantizers.hyperbolic import HyperbolicQuantizer
+from vqcore.quantizers.reparameterized import ReparameterizedQuantizer
 from vqcore.quantizers.residual import ResidualQuantizer
 from vqcore.quantizers.soft_gumbel import GumbelQuantizer
 from vqcore.quantizers.soft_multinomial import MultinomialQuantizer
@@ -10,9 +12,11 @@ from vqcore.quantizers.vector import VectorQuantizer
 
 __all__ = [
     "GumbelQuantizer",
+    "HyperbolicQuantizer",
     "MultinomialQuantizer",
     "Quantized",
     "Quantizer",
+    "ReparameterizedQuantizer",
     "ResidualQuantizer",
     "SpaceFillingQuantizer",
     "TemperedQuantizer",

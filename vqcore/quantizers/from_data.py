@@ -12,6 +12,7 @@ from vqcore.quantizers.rows import Rows, full_precision, keys_of, rows_of
 from vqcore.quantizers.updates import Updates
 from vqcore.reduction import Reduction, resolve
 from vqcore.seeding import Metric, Offer, Seeding, draw_sample, share
+from vqcore.update import Book
 
 
 def normal_vectors(num_codes: int, code_dim: int, seed: int, std: float = 1.0) -> Float[Tensor, "K D"]:
@@ -32,19 +33,29 @@ def seed_from(
             "this quantizer drew its codebook by its own seed (seeding=None); build it with "
             "seeding=vqcore.seeding.kmeans_plus_plus to seed it from data, or call codebook.set_vectors(v)"
         )
-    reduce, rule = resolve(updates.reduce), updates.rules[0]
-    sample = draw_sample(offers, book.vectors.detach(), seed=rule.seed, reduce=reduce)
     metric: Metric = "cosine" if book.unit_norm else "euclidean"
-    with full_precision(book.vectors.device):
-        vectors = seeding(sample.rows, book.num_codes, metric=metric, seed=rule.seed)
-    book.set_vectors(share(vectors, reduce), rule.revived_count if count is None else count)
+    vectors, said = vectors_from(offers, book.vectors.detach(), metric, updates, seeding)
+    book.set_vectors(vectors, updates.rules[0].revived_count if count is None else count)
     updates.forget()
+    return said
+
+
+def vectors_from(
+    offers: Iterable[Offer], like: Float[Tensor, "K D"], metric: Metric, updates: Updates, seeding: Seeding
+) -> tuple[Float[Tensor, "K D"], str]:
+    """What `seeding` makes of a sample of all workers' offers, the same bits on all of them, of the shape, type and
+    device of `like`; and a sentence on what was used. Raises ValueError where there are too few."""
+    reduce, seed = resolve(updates.reduce), updates.rules[0].seed
+    sample = draw_sample(offers, like, seed=seed, reduce=reduce)
+    with full_precision(like.device):
+        vectors = seeding(sample.rows, len(like), metric=metric, seed=seed)
     name = getattr(seeding, "__name__", repr(seeding))
     left_out = f"; {sample.non_finite} more were not finite" if sample.non_finite else ""
-    return f"{book.num_codes} codes by {name} from {len(sample.rows)} of {sample.seen} vectors{left_out}"
+    said = f"{len(like)} codes by {name} from {len(sample.rows)} of {sample.seen} vectors{left_out}"
+    return share(vectors, reduce), said
 
 
-def offers_of(batches: Iterable[VectorBatch], book: Codebook, reduce: Reduction | None) -> Iterator[Offer]:
+def offers_of(batches: Iterable[VectorBatch], book: Book, reduce: Reduction | None) -> Iterator[Offer]:
     """What this worker's `batches` offer to the seeding of `book`."""
     rank, seen = resolve(reduce).rank, 0
     for x, mask, keys in batches:
@@ -57,7 +68,7 @@ def gather(
     given: Rows,
     x: Float[Tensor, "*shape D"],
     keys: Int64[Tensor, "*shape"] | None,
-    book: Codebook,
+    book: Book,
     updates: Updates,
     levels: tuple[int, ...] = (),
 ) -> Quantized:
@@ -68,7 +79,7 @@ def gather(
     return passed_on(x, given, levels)
 
 
-def _offer(given: Rows, keys: Tensor, book: Codebook) -> Offer:
+def _offer(given: Rows, keys: Tensor, book: Book) -> Offer:
     rows, usable = given.x.detach(), given.valid
     if book.unit_norm:
         rows = unit(rows)
