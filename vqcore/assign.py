@@ -47,11 +47,25 @@ def nearest(
         ValueError: shapes that do not fit, an empty codebook, or an unknown metric.
     """
     _check(x, vectors, metric)
+    return (_operator if torch.compiler.is_compiling() else _found)(x, vectors, metric == "euclidean")
+
+
+def _found(x: Tensor, vectors: Tensor, euclidean: bool) -> Tensor:
     codes = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     if x.shape[0]:
         with _full_precision(x.device):
-            _search(x, vectors, metric == "euclidean", codes)
+            _search(x, vectors, euclidean, codes)
     return codes
+
+
+# What torch.compile sees: one operator. The tiles and precision settings are no graph, and products that a compiler
+# had fused would give other codes than evaluation without it.
+_operator = torch.library.custom_op("vqcore::nearest", _found, mutates_args=())
+
+
+@_operator.register_fake
+def _unfilled(x: Tensor, vectors: Tensor, euclidean: bool) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.int64)
 
 
 def _check(x: Tensor, vectors: Tensor, metric: str) -> None:

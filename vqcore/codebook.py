@@ -223,5 +223,6 @@ class Codebook(nn.Module):
             errors.extend(mismatches)
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        self._known_seeded = False
+        # Asked here, so that a compiled forward finds no question to the device in its way.
+        self._known_seeded = not self.seeded.is_meta and bool(self.seeded)
         self.revived = None

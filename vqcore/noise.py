@@ -5,11 +5,14 @@ number of workers, any split and any order of rows therefore see the same number
 The hash is SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014): every
 coordinate is added times its own odd constant and passed through the finaliser (Stafford's mix 13) before the next one.
 It is integer arithmetic, so all devices draw the same integers. Checkpoints depend on it: it never changes.
+A step may be given as the tensor that counts it, which spares a device the wait for a Python number.
 """
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+
+Step = int | Int64[Tensor, ""]
 
 _WORD = 2**64
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -20,7 +23,7 @@ _POSITION_BITS = 40
 
 
 def uniform(
-    seed: int, step: int, keys: Int64[Tensor, " N"], *, level: int = 0, head: int = 0, draws: int = 1
+    seed: int, step: Step, keys: Int64[Tensor, " N"], *, level: int = 0, head: int = 0, draws: int = 1
 ) -> Float[Tensor, "N draws"]:
     """float64 uniforms strictly inside (0, 1) with 53 random bits; draw j of a row does not depend on `draws`.
 
@@ -35,17 +38,30 @@ def uniform(
 
 
 def normal(
-    seed: int, step: int, keys: Int64[Tensor, " N"], *, level: int = 0, head: int = 0, draws: int = 1
+    seed: int, step: Step, keys: Int64[Tensor, " N"], *, level: int = 0, head: int = 0, draws: int = 1
 ) -> Float[Tensor, "N draws"]:
     """float64 standard normals: the quantile function at `uniform` of the same arguments, so one uniform each."""
     return torch.special.ndtri(uniform(seed, step, keys, level=level, head=head, draws=draws))
 
 
 def gumbel(
-    seed: int, step: int, keys: Int64[Tensor, " N"], *, level: int = 0, head: int = 0, draws: int = 1
+    seed: int, step: Step, keys: Int64[Tensor, " N"], *, level: int = 0, head: int = 0, draws: int = 1
 ) -> Float[Tensor, "N draws"]:
     """float64 standard Gumbel variables, -log(-log u): added to logits, their argmax is a draw from the softmax."""
     return -torch.log(-torch.log(uniform(seed, step, keys, level=level, head=head, draws=draws)))
+
+
+def choose(weights: Float[Tensor, "N K"], u: Float[Tensor, "N draws"]) -> Int64[Tensor, "N draws"]:
+    """Indices drawn with probability weight / (sum of the row), each by its own uniform u: the inverse of the
+    cumulative sum, in float64. Draw j depends on its row and u[:, j] alone; an index of weight 0 is never drawn.
+
+    Weights are 0 or more, with something above 0 in every row; other rows get some index.
+    """
+    reached = weights.double().cumsum(-1)
+    total = reached[:, -1:]
+    # Strictly below the total, also where u x total rounds up to it: beyond it there is nothing to draw.
+    wanted = torch.minimum(u.double() * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(reached, wanted, right=True).clamp_(max=weights.shape[1] - 1)
 
 
 def shared_uniform(seed: int, step: int, count: int, *, stream: int = 0) -> Float[Tensor, " count"]:
@@ -104,15 +120,20 @@ def _check_keys(keys: Tensor) -> None:
         raise ValueError(f"keys are {keys.dtype} of shape {tuple(keys.shape)}; they must be int64 of shape [N]")
 
 
-def _state(*coordinates: int) -> int:
-    """The hash of plain integers, as an int64: the same rounds as `_absorb`, in Python's integers."""
-    state = 0
+def _state(*coordinates: Step) -> Step:
+    """The hash of single numbers, as an int64: the same rounds as `_absorb`, in Python's integers up to a tensor."""
+    state, hashed = 0, None
     for coordinate in coordinates:
-        state = (state + coordinate * _GOLDEN + _GOLDEN) % _WORD
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % _WORD
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % _WORD
-        state ^= state >> 31
-    return _signed(state)
+        if isinstance(coordinate, Tensor):
+            hashed = _absorb(_signed(state) if hashed is None else hashed, coordinate)
+        elif hashed is not None:
+            hashed = _absorb(hashed, torch.full_like(hashed, coordinate))
+        else:
+            state = (state + coordinate * _GOLDEN + _GOLDEN) % _WORD
+            state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % _WORD
+            state = (state ^ (state >> 27)) * 0x94D049BB133111EB % _WORD
+            state ^= state >> 31
+    return _signed(state) if hashed is None else hashed
 
 
 def _signed(word: int) -> int:

@@ -6,7 +6,7 @@ that signature; bind options with functools.partial) then turns it into K vector
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -140,6 +140,34 @@ def share(vectors: Float[Tensor, "K D"], reduce: Reduction) -> Float[Tensor, "K 
     shared = vectors.double() if reduce.rank == 0 else torch.zeros_like(vectors, dtype=torch.float64)
     reduce(shared)
     return shared.to(vectors.dtype)
+
+
+@torch.no_grad()
+def level_by_level(
+    rows: Float[Tensor, "R D"],
+    sizes: Sequence[int],
+    seeding: Seeding,
+    *,
+    shared: bool,
+    seed: int,
+    reduce: Reduction,
+) -> list[Float[Tensor, "K D"]]:
+    """`sizes[l]` codewords for every level l of a residual quantizer, each from what the level before it leaves of
+    `rows`; where `shared`, from what all codewords made so far leave, since they will be one codebook.
+
+    Each level sees the rows in another random order: a seeding that takes the first of them would else meet, at level
+    2, the residuals of the very rows that became codewords of level 1, which are 0.
+    """
+    made: list[Tensor] = []
+    residual = rows
+    for level, size in enumerate(sizes):
+        if level:
+            indices = torch.arange(len(rows), device=rows.device)
+            residual = residual[noise.race(seed, 0, indices, level=level, stream=SAMPLE).argsort(stable=True)]
+        made.append(share(seeding(residual, size, metric="euclidean", seed=seed), reduce))
+        known = torch.cat(made) if shared else made[-1]
+        residual = residual - known[assign.nearest(residual, known)]
+    return made
 
 
 def random_rows(rows: Float[Tensor, "R D"], num_codes: int, *, metric: Metric, seed: int) -> Float[Tensor, "K D"]:

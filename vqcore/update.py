@@ -37,7 +37,10 @@ class Rule:
     seed: int
     """Seed of the races that draw replacements."""
     level: int = 0
-    """Which level of a residual quantizer this is: every level races on its own."""
+    """Which level of a residual quantizer this is, the first of them where several share it: every level races on its
+    own, so that a row offers each level's residual with another key."""
+    shared_by: int = 1
+    """How many levels share the codebook. Their counts travel apart, their sums together; one moving average."""
     move: Callable[[Any, Tensor, Tensor | None, float, float], None] | None = None
     """(book, global counts, global sums, decay, eps) -> moves the book; None: `book.ema_update`. A module-level
     function, for the systems whose source updates by another rule."""
@@ -54,42 +57,64 @@ class Statistics:
     def __init__(self, book: Book, rule: Rule) -> None:
         self.book = book
         self.rule = rule
-        length = book.num_codes * (1 if rule.decay is None else 1 + book.code_dim)
+        length = book.num_codes * (rule.shared_by + (0 if rule.decay is None else book.code_dim))
         self.packed = torch.zeros(length, dtype=torch.float64, device=book.counts.device)
-        """Counts [K], then sums [K x D] where the rule has a decay: what the one reduce of the update carries."""
+        """Counts [levels x K], then sums [K x D] where there is a decay: what the one reduce of the update carries."""
         self.seen = 0
         """Vectors offered so far, valid or not: where the default keys of the next forward begin."""
-        self._recent: tuple[Tensor, Tensor, Tensor] | None = None
+        self._recent: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._best: tuple[Tensor, Tensor] | None = None
         self._limit_and_step: tuple[int, int] | None = None
 
+    def level_counts(self) -> Float64[Tensor, "levels K"]:
+        """Counts of each level that shares the book (one row where none does), a view of `packed`."""
+        return self.packed[: self.rule.shared_by * self.book.num_codes].view(self.rule.shared_by, -1)
+
+    def sums(self) -> Float64[Tensor, "K D"] | None:
+        """Sums over all levels that share the book, a view of `packed`; None where the rule has no decay."""
+        first = self.rule.shared_by * self.book.num_codes
+        return None if self.rule.decay is None else self.packed[first:].view(-1, self.book.code_dim)
+
     def split(self) -> tuple[Float64[Tensor, " K"], Float64[Tensor, "K D"] | None]:
-        """Counts and sums as views of `packed`; sums None where the rule has no decay."""
-        k = self.book.num_codes
-        sums = None if self.rule.decay is None else self.packed[k:].view(k, self.book.code_dim)
-        return self.packed[:k], sums
+        """Counts and sums as the moving average takes them: over all levels that share the book."""
+        by_level = self.level_counts()
+        return by_level[0] if len(by_level) == 1 else by_level.sum(0), self.sums()
+
+    def total(self) -> Float64[Tensor, ""]:
+        """Number of vectors counted; of all workers after the update. Shares of 1/m only add up to it by rounding; of
+        levels that share the book, the first counts every vector."""
+        return self.level_counts()[0].sum().round()
 
     @torch.no_grad()
-    def add(self, x: Float[Tensor, "N D"], codes: Int64[Tensor, " N"], keys: Int64[Tensor, " N"] | None) -> None:
-        """Count `codes` and sum `x` per code. A code of -1 takes no part, and its x must be 0.
+    def add(
+        self, x: Float[Tensor, "N D"], codes: Int64[Tensor, "N ..."], keys: Int64[Tensor, " N"] | None, level: int = 0
+    ) -> None:
+        """Count `codes` and sum `x` per code; of m codes a vector, each counts 1/m and gets x/m. A vector of code -1
+        takes no part, and its x must be 0.
 
-        `keys` may be None where the rule never revives.
+        `keys` may be None where the rule never revives. `level` counts from 0 among those that share the book.
         """
-        counts, sums = self.split()
-        valid = codes >= 0
-        index = codes.clamp(min=0)
-        counts.index_add_(0, index, valid.double())
+        counts, sums = self.level_counts()[level], self.sums()
+        drawn = codes if codes.ndim == 2 else codes.unsqueeze(-1)
+        draws = drawn.shape[1]
+        valid = drawn[:, 0] >= 0
+        index = drawn.clamp(min=0)
+        for column in index.unbind(1):
+            counts.index_add_(0, column, valid.double() / draws)
         if sums is not None:
             tile = max(1, _TILE // x.shape[1] if x.device.type == "cpu" else len(x))
             for rows, where in zip(x.detach().split(tile), index.split(tile), strict=True):
-                sums.index_add_(0, where, rows.double())
-        self.seen += len(codes)
+                share = rows.double() if draws == 1 else rows.double() / draws
+                for column in where.unbind(1):
+                    sums.index_add_(0, column, share)
+        if level == 0:
+            self.seen += len(codes)
         if self.rule.revive_below > 0:
             if keys is None:
                 raise ValueError("keys are needed where revive_below > 0: they draw the replacements of dead codes")
-            if self._recent is not None:
+            if level in self._recent:
                 self._settle(*self._bound())
-            self._recent = (x.detach(), valid, keys)
+            self._recent[level] = (x.detach(), valid, keys)
 
     def _bound(self) -> tuple[int, int]:
         """How many codes can be dead after this update (new vectors only add to a count), and the step it is."""
@@ -97,26 +122,26 @@ class Statistics:
             decay = COUNT_DECAY if self.rule.decay is None else self.rule.decay
             slack = 1.0 + 1e-9  # the update may round the other way
             may_die = (self.book.counts * decay < self.rule.revive_below * slack).sum()
+            if self.rule.move is not None:  # such a rule may shrink counts further
+                may_die = torch.full_like(may_die, self.book.num_codes)
             limit, step = torch.stack([may_die, self.book.step]).tolist()
             self._limit_and_step = (limit, step)
         return self._limit_and_step
 
     def _settle(self, limit: int, step: int) -> None:
-        """Let the newest forward's vectors race, and keep the `limit` smallest of all so far."""
-        if self._recent is None:
-            return
-        x, usable, keys = self._recent
-        self._recent = None
+        """Let the newest forward's vectors race, each level on its own, and keep the `limit` smallest of all so far."""
+        recent, self._recent = self._recent, {}
         if limit == 0:
             return
-        if self.book.unit_norm:
-            usable = usable & (x != 0).any(-1)  # a zero vector has no direction to offer
-        race = noise.race(self.rule.seed, step, keys[usable], level=self.rule.level, stream=REVIVAL)
-        rows = x[usable]
-        if self._best is not None:
-            race, rows = torch.cat([self._best[0], race]), torch.cat([self._best[1], rows])
-        order = torch.argsort(race, stable=True)[:limit]
-        self._best = (race[order], rows[order])
+        for level, (x, valid, keys) in recent.items():
+            # A zero vector has no direction to offer.
+            usable = valid & (x != 0).any(-1) if self.book.unit_norm else valid
+            race = noise.race(self.rule.seed, step, keys[usable], level=self.rule.level + level, stream=REVIVAL)
+            rows = x[usable]
+            if self._best is not None:
+                race, rows = torch.cat([self._best[0], race]), torch.cat([self._best[1], rows])
+            order = torch.argsort(race, stable=True)[:limit]
+            self._best = (race[order], rows[order])
 
     def candidates(self, limit: int, step: int) -> tuple[Float64[Tensor, " M"], Float[Tensor, "M D"]]:
         """The at most `limit` vectors with the smallest race keys of `step`, smallest first, and those keys."""
@@ -157,10 +182,7 @@ def _revive(statistics: Sequence[Statistics], reduce: Reduction) -> None:
     if not statistics:
         return
     dead = [one.book.counts < one.rule.revive_below for one in statistics]
-    flags = [
-        torch.stack([d.sum(), one.split()[0].sum().long(), one.book.step])
-        for d, one in zip(dead, statistics, strict=True)
-    ]
+    flags = [torch.stack([d.sum(), one.total().long(), one.book.step]) for d, one in zip(dead, statistics, strict=True)]
     found = torch.stack(flags).tolist()  # the one host synchronisation of a step
     slots = [min(codes, vectors) for codes, vectors, _ in found]
     widths = [count * (1 + one.book.code_dim) for count, one in zip(slots, statistics, strict=True)]

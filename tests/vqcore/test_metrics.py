@@ -1,13 +1,24 @@
 """Metrics against scipy, definitions written out, and corners worked by hand."""
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from vqcore.metrics import counts_of, dead_codes, entropy_bits, gini, perplexity, usage
+from vqcore.metrics import (
+    Collisions,
+    collisions,
+    counts_of,
+    dead_codes,
+    entropy_bits,
+    gini,
+    perplexity,
+    tuple_counts,
+    usage,
+)
 
 COUNTS = torch.tensor([5, 0, 1, 7, 0, 12, 3, 3])
 
@@ -86,3 +97,59 @@ def test_what_is_not_counts_is_refused(metric) -> None:
     for shape in ((0,), (2, 2, 2)):
         with pytest.raises(ValueError, match="shape"):
             metric(torch.zeros(shape))
+
+
+# Tuples of codes
+
+
+def drawn_codes(seed: int, rows: int, sizes: list[int]) -> torch.Tensor:
+    """Codes in [-1, K), with masked and partly dropped rows among them, and few enough values to collide."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randint(-1, min(size, 3), (rows,), generator=generator) for size in sizes], -1)
+
+
+@pytest.mark.parametrize("sizes", [[5], [256, 256, 256], [2048] * 8, [2**31, 3, 2**40, 2**20, 7], [2**40, 2**40]])
+def test_tuples_are_counted_exactly_at_any_size(sizes: list[int]) -> None:
+    codes = drawn_codes(1, 400, sizes)
+    wanted = Counter(map(tuple, codes.tolist()))
+    wanted.pop((-1,) * len(sizes), None)
+    assert len(wanted) > 1
+    tuples, counts = tuple_counts(codes, sizes)
+    assert dict(zip(map(tuple, tuples.tolist()), counts.tolist(), strict=True)) == wanted
+    assert [tuple(row) for row in tuples.tolist()] == sorted(wanted)
+    assert tuples.dtype == counts.dtype == torch.int64
+    small = tuple_counts(codes.to(torch.int16).reshape(20, 20, -1), sizes)
+    assert torch.equal(small.tuples, tuples)
+    assert torch.equal(small.counts, counts)
+
+
+def test_counts_of_parts_make_the_counts_of_the_whole() -> None:
+    codes = drawn_codes(2, 300, [16, 16, 16])
+    parts = [tuple_counts(part, 16) for part in codes.split([0, 100, 1, 199])]
+    merged = tuple_counts(torch.cat([p.tuples for p in parts]), 16, torch.cat([p.counts for p in parts]))
+    whole = tuple_counts(codes, [16, 16, 16])
+    assert torch.equal(merged.tuples, whole.tuples)
+    assert torch.equal(merged.counts, whole.counts)
+
+
+def test_collisions_are_rows_that_find_their_tuple_taken() -> None:
+    codes = torch.tensor([[0, 1], [0, 1], [1, 0], [-1, -1], [0, 1], [1, 1], [1, 1], [0, -1]])
+    counts = tuple_counts(codes, 2).counts
+    assert collisions(counts) == Collisions(rows=7, distinct=4, rate=3 / 7, largest=3)
+    assert float(perplexity(counts)) == pytest.approx(np.exp(stats.entropy([1, 3, 1, 2])))
+    distinct = tuple_counts(torch.cartesian_prod(torch.arange(5), torch.arange(4)), [5, 4]).counts
+    assert collisions(distinct) == Collisions(20, 20, 0.0, 1)
+    nothing = tuple_counts(torch.full((3, 2), -1), 2).counts
+    assert collisions(nothing) == Collisions(0, 0, 0.0, 0)
+
+
+def test_tuples_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"1 of 2 codes lie outside \[0, 4\), the first is 4"):
+        tuple_counts(torch.tensor([[3, 4], [4, 0]]), [5, 4])
+    with pytest.raises(ValueError, match="lists 3 levels and codes have 2"):
+        tuple_counts(torch.zeros(3, 2, dtype=torch.int64), [5, 4, 3])
+    with pytest.raises(ValueError, match=r"shape \(3, 0\)"):
+        tuple_counts(torch.zeros(3, 0, dtype=torch.int64), 5)
+    for counts in (torch.ones(2, dtype=torch.int64), torch.ones(3), torch.tensor([1, -1, 1])):
+        with pytest.raises(ValueError, match=r"for 3 tuples.*int64, one a tuple"):
+            tuple_counts(torch.zeros(3, 2, dtype=torch.int64), 5, counts)

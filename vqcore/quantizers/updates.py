@@ -32,6 +32,7 @@ class Updates:
         reduce: None: torch.distributed's default group if there is one at the call, else nothing.
         needed: how many usable vectors of all workers are enough to seed.
         seed: a bound method of the quantizer, called with the gathered offers once there are enough.
+        updated: called after every update with the statistics, which then hold the sums over all workers.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class Updates:
         *,
         needed: int = 0,
         seed: Callable[[Sequence[Offer]], str] | None = None,
+        updated: Callable[[Sequence[Statistics]], None] | None = None,
     ) -> None:
         self.books = list(books)
         self.rules = list(rules)
         self.reduce = reduce
         self.needed = needed
         self._seed = seed
+        self._updated = updated
         self._open: _Block | None = None
         self._gathered: list[Offer] = []
 
@@ -73,7 +76,7 @@ class Updates:
             self._open = None
         reduce = resolve(self.reduce)
         if all(book.is_seeded for book in self.books):
-            update(opened.statistics, reduce)
+            self._update(opened.statistics, reduce)
         else:
             self._seed_when_enough(opened.offers, reduce)
 
@@ -86,8 +89,8 @@ class Updates:
         forward is W x sum / number. `statistics[0]` must have counted every valid vector exactly once."""
         reduce = resolve(self.reduce)
         if self._open is None:
-            update(statistics, reduce)
-            return statistics[0].split()[0].sum(), reduce.world
+            self._update(statistics, reduce)
+            return statistics[0].total(), reduce.world
         if self._open.count is not None:
             return torch.tensor(self._open.count, dtype=torch.float64, device=valid.device), reduce.world
         count = valid.sum().double()
@@ -110,6 +113,11 @@ class Updates:
     def forget(self) -> None:
         """Drop what was gathered: the books are seeded."""
         self._gathered = []
+
+    def _update(self, statistics: list[Statistics], reduce: Reduction) -> None:
+        update(statistics, reduce)
+        if self._updated is not None:
+            self._updated(statistics)
 
     def _fresh(self) -> list[Statistics]:
         return [Statistics(book, rule) for book, rule in zip(self.books, self.rules, strict=True)]

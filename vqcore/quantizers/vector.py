@@ -1,6 +1,6 @@
 """Vector quantization: one codebook, nearest code, moving averages or gradients."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import get_args
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from vqcore import assign, losses
 from vqcore.codebook import Codebook, only, pick, unit
 from vqcore.estimators import straight_through
+from vqcore.quantizers import from_data
 from vqcore.quantizers.arguments import check_rule, check_sizes, check_weights
-from vqcore.quantizers.contract import Quantized, VectorBatch, passed_on, per_element, quantized
+from vqcore.quantizers.contract import Quantized, VectorBatch, per_element, quantized
 from vqcore.quantizers.rows import Rows, full_precision, keys_of, rows_of
 from vqcore.quantizers.updates import Updates
 from vqcore.reduction import Reduction, resolve
-from vqcore.seeding import Metric, Offer, Seeding, draw_sample, share
+from vqcore.seeding import Metric, Offer, Seeding
 from vqcore.update import Rule
 
 Estimator = Callable[[Tensor, Tensor], Tensor]
@@ -84,9 +85,7 @@ class VectorQuantizer(nn.Module):
         self.codebook = Codebook(num_codes, code_dim, unit_norm=metric == "cosine", learned=decay is None)
         self._updates = Updates([self.codebook], [rule], reduce, needed=num_codes, seed=self._seed_from)
         if seeding is None:
-            generator = torch.Generator().manual_seed(seed)
-            drawn = torch.randn(num_codes, code_dim, generator=generator, dtype=torch.float32, device="cpu")
-            self.codebook.set_vectors(drawn)
+            self.codebook.set_vectors(from_data.normal_vectors(num_codes, code_dim, seed))
 
     def extra_repr(self) -> str:
         name = getattr(self.estimator, "__name__", repr(self.estimator))
@@ -124,7 +123,7 @@ class VectorQuantizer(nn.Module):
         with full_precision(x.device):
             given = rows_of(x, mask, self.code_dim, self.codebook.vectors.dtype)
             if self.training and not self.seeded:
-                return self._gather(given, x, keys)
+                return from_data.gather(given, x, keys, self.codebook, self._updates)
             self.codebook.require_seeded()
             rows = self._on_sphere(given)
             readable = self.codebook.readable()
@@ -172,44 +171,10 @@ class VectorQuantizer(nn.Module):
         revival. Raises ValueError, on all workers alike, where all have fewer usable vectors than codes; RuntimeError
         where seeding is None, since that codebook does not come from data.
         """
-        return self._seed_from(self._offers(batches))
+        return self._seed_from(from_data.offers_of(batches, self.codebook, self._updates.reduce))
 
     def _seed_from(self, offers: Iterable[Offer]) -> str:
-        if self.seeding is None:
-            raise RuntimeError(
-                "this quantizer drew its codebook from N(0, 1) (seeding=None); build it with "
-                "seeding=vqcore.seeding.kmeans_plus_plus to seed it from data, or call codebook.set_vectors(v)"
-            )
-        reduce, rule = resolve(self._updates.reduce), self._updates.rules[0]
-        book, seed = self.codebook, rule.seed
-        sample = draw_sample(offers, book.vectors.detach(), seed=seed, reduce=reduce)
-        with full_precision(book.vectors.device):
-            vectors = self.seeding(sample.rows, self.num_codes, metric=self.metric, seed=seed)
-        book.set_vectors(share(vectors, reduce), rule.revived_count)
-        self._updates.forget()
-        name = getattr(self.seeding, "__name__", repr(self.seeding))
-        left_out = f"; {sample.non_finite} more were not finite" if sample.non_finite else ""
-        return f"{self.num_codes} codes by {name} from {len(sample.rows)} of {sample.seen} vectors{left_out}"
-
-    def _offers(self, batches: Iterable[VectorBatch]) -> Iterator[Offer]:
-        rank, seen = resolve(self._updates.reduce).rank, 0
-        for x, mask, keys in batches:
-            named = keys_of(keys, x, rank, seen)
-            seen += len(named)
-            yield self._offer(rows_of(x, mask, self.code_dim, self.codebook.vectors.dtype), named)
-
-    def _offer(self, given: Rows, keys: Tensor) -> Offer:
-        rows = self._on_sphere(given)
-        usable = rows.valid
-        if self.metric == "cosine":
-            usable = usable & (rows.x.detach() != 0).any(-1)  # no direction, no code
-        return Offer(rows.x.detach(), usable, keys, int(rows.non_finite))
-
-    def _gather(self, given: Rows, x: Tensor, keys: Tensor | None) -> Quantized:
-        """Keep the vectors and pass x on, until all workers together can seed."""
-        rank = resolve(self._updates.reduce).rank
-        self._updates.gather(self._offer(given, keys_of(keys, x, rank, self._updates.gathered)))
-        return passed_on(x, given)
+        return from_data.seed_from(offers, self.codebook, self._updates, self.seeding)
 
     def _on_sphere(self, rows: Rows) -> Rows:
         return rows._replace(x=unit(rows.x)) if self.metric == "cosine" else rows
