@@ -21,7 +21,7 @@ COUNT_DECAY = 0.99
 REVIVAL = 0
 """The `stream` of noise.race that draws replacements for dead codes."""
 
-_TILE = 1024  # rows widened to float64 at a time: one tile stays in cache, the whole batch would cost 8 N D bytes
+_TILE = 2**16  # numbers widened to float64 at a time: a tile stays in cache, the whole batch would cost 8 N D bytes
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Statistics:
         for column in index.unbind(1):
             counts.index_add_(0, column, valid.double())
         if sums is not None:
-            tile = _TILE if x.device.type == "cpu" else max(1, len(x))
+            tile = max(1, _TILE // x.shape[1] if x.device.type == "cpu" else len(x))
             for rows, where in zip(x.detach().split(tile), index.split(tile), strict=True):
                 wide = rows.double()
                 for column in where.unbind(1):

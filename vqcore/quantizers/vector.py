@@ -129,13 +129,14 @@ class VectorQuantizer(nn.Module):
             readable = self.codebook.readable()
             codes = self._assign(rows, readable)
             chosen = pick(readable, codes)
+            # Before the loss: going back autograd then adds the output's gradient into the loss's, in place.
+            output = only(rows.valid, self.estimator(rows.x, chosen)) if self.training else chosen
             squared = losses.squared_error(rows.x, chosen)
             objective = self._objective(rows, codes, squared)
             if self.training:
                 count, world = self._learn(rows, codes, x, keys)
-                output = only(rows.valid, self.estimator(rows.x, chosen))
             else:
-                count, world, output = rows.valid.sum(), 1, chosen
+                count, world = rows.valid.sum(), 1
             loss = (objective * per_element(count, world, self.code_dim)).to(rows.x.dtype)
         return quantized(x, rows, output, codes, loss, squared)
 
