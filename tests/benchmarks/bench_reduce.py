@@ -41,5 +41,7 @@ def _worker(rank: int, world: int, port: int, sizes: list[tuple[int, int]]) -> N
             seconds.append(time.perf_counter() - start)
         median, size = statistics.median(seconds[2:]), 8 * carried.numel() / 2**20
         if rank == 0:
-            print(f"{world:>8}{dim:>6}{num_codes:>8}{size:>10.2f}{1e3 * median:>10.2f}{size / median:>10.0f}", flush=True)
+            print(
+                f"{world:>8}{dim:>6}{num_codes:>8}{size:>10.2f}{1e3 * median:>10.2f}{size / median:>10.0f}", flush=True
+            )
     dist.destroy_process_group()

@@ -43,7 +43,8 @@ def geoopt_ball(c: float) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # geoopt 0.5 is written in TorchScript
         geoopt = pytest.importorskip("geoopt", reason="geoopt, of the dev extra, is the reference here")
-    return geoopt.PoincareBall(c=c)
+    # By itself geoopt would round c to float32.
+    return geoopt.PoincareBall(c=torch.tensor(c, dtype=torch.float64))
 
 
 # Maps

@@ -56,8 +56,10 @@ def test_evaluation_is_one_graph_with_the_same_bits(case: str) -> None:
     for arguments in ((x,), (x, mask)):
         out, wanted = whole(*arguments), q(*arguments)
         assert isinstance(out, Quantized)
-        for name in ("vectors", "codes", "loss", "squared_error", "valid", "non_finite"):
+        for name in ("vectors", "codes", "loss", "valid", "non_finite"):
             assert torch.equal(getattr(out, name), getattr(wanted, name)), name
+        # In tiles where it is not compiled: another order of the same float64 sum.
+        torch.testing.assert_close(out.squared_error, wanted.squared_error, rtol=1e-13, atol=0)
         assert torch.equal(codes_of(*arguments), wanted.codes)
 
 
