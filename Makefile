@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-all lint types bench clean help
+.PHONY: setup demo test test-all lint types contracts coverage bench clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,8 @@ help:
 	@echo "make test      lint, types and every test that is not marked slow (under 10 minutes on two cores)"
 	@echo "make test-all  the slow tests too"
 	@echo "make bench     the benchmarks, paired ratios; prints, never asserts"
+	@echo "make contracts what vqcore and its peers agree on, and where a peer is wrong"
+	@echo "make coverage  branches of vqcore that its tests reach"
 	@echo "make setup     only the installation; make clean removes it"
 
 setup: $(STAMP)
@@ -40,6 +42,12 @@ test: lint types
 
 test-all: lint types
 	@$(BIN)/python -m pytest
+
+contracts: $(STAMP)
+	@$(BIN)/python -m tests.peers
+
+coverage: $(STAMP)
+	@$(BIN)/python -m pytest --quiet --cov=vqcore --cov-branch --cov-report=term-missing:skip-covered tests/vqcore tests/contracts
 
 bench: $(STAMP)
 	@$(BIN)/python -m tests.benchmarks
