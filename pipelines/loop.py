@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from pipelines import checkpoint, recipe
 from pipelines.checkpoint import Checkpoint, Checkpoints
+from pipelines.errors import Refused
 from pipelines.feed import Feed
 from pipelines.recipe import Batch, Losses, Settings, Share, Stage
 from pipelines.watch import Totals, Watch
@@ -110,6 +111,7 @@ def _run_stage(
     say: Callable[[Event], None],
 ) -> None:
     stage = trainee.stage
+    _check_accumulation(trainee.quantizers, spec.micro_batches)
     source = feed.open(spec, settings, stage, device)
     trainee.model.train()
     first = 0
@@ -140,6 +142,16 @@ def _run_stage(
             tensors, plain = checkpoint.pack(trainee.model, trainee.optimisers)
             store.save(Checkpoint(number, done, tensors, {**plain, "totals": vars(totals)}))
             say({"kind": "checkpoint", "stage": stage.name, "step": done})
+
+
+def _check_accumulation(quantizers: list[tuple[str, Quantizer]], micro_batches: int) -> None:
+    """Raises Refused where one update a step cannot be had."""
+    for name, quantizer in quantizers:
+        if micro_batches > 1 and not quantizer.accumulates:
+            raise Refused(
+                f"{micro_batches} micro-batches were asked for, and the quantizer {name!r} updates at every forward; "
+                "use one micro-batch a step, or a quantizer that looks up before it updates."
+            )
 
 
 def _one_step(

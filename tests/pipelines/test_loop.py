@@ -1,5 +1,6 @@
 """The training loop: any number of workers is one worker, and stopping changes nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,13 @@ import torch
 
 from pipelines import loop, recipe
 from pipelines.checkpoint import Checkpoints
+from pipelines.errors import Refused
 from pipelines.feed import Feed
 from pipelines.recipe import Batch, Losses, Share
 from pipelines.shards import ShardReader
 from tests.pipelines.loops import about, make_shards, rows_seen, run_workers, spec_of, state_of
+from vqcore.quantizers import TemperedQuantizer
+from vqcore.seeding import random_rows
 
 CPU = torch.device("cpu")
 WORLDS = (1, 2, 4)
@@ -144,6 +148,25 @@ def test_micro_batches_add_up_to_the_whole_batch(shards, tmp_path):
     )  # fmt: skip
     for name, value in whole.state_dict().items():
         assert torch.allclose(value.double(), cut.state_dict()[name].double(), rtol=0, atol=1e-10), name
+
+
+def test_a_quantizer_that_updates_at_every_forward_takes_one_a_step(shards, tmp_path, monkeypatch):
+    found = recipe.load("plain_vq")
+    spec = spec_of("plain_vq", shards, tmp_path / "run", steps=4)
+    (stage,) = found.stages(found.Settings(**spec.settings))
+
+    def build(settings, previous):
+        model = stage.build(settings, previous)
+        model.quantizer = TemperedQuantizer(12, model.quantizer.code_dim, seeding=random_rows)
+        return model
+
+    monkeypatch.setattr(recipe, "load", lambda _: _with(found, stages=lambda s: (_with(stage, build=build),)))
+    with pytest.raises(Refused, match=r"2 micro-batches.*'quantizer' updates at every forward; use one"):
+        loop.train(replace(spec, micro_batches=2), _feed(shards), CPU, lambda _: None)
+    assert not Path(spec.out).exists()
+    model, totals = loop.train(spec, _feed(shards), CPU, lambda _: None)
+    assert model.quantizer.codebook.step == 4
+    assert 0 < totals.latest["train/usage"] <= 1
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(shards, tmp_path, monkeypatch):
