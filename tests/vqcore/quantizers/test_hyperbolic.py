@@ -6,10 +6,9 @@ The logits themselves are compared with other forms of them in tests/vqcore/test
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from tests.together import Seat, together

@@ -315,7 +315,7 @@ def test_training_forwards_gather_the_basis() -> None:
 def test_what_a_derived_codebook_cannot_do_is_refused() -> None:
     q = made()
     before = {name: tensor.clone() for name, tensor in q.state_dict().items()}
-    with pytest.raises(RuntimeError, match="derived from its quantizer's parameters.*use VectorQuantizer"):
+    with pytest.raises(RuntimeError, match=r"derived from its quantizer's parameters.*use VectorQuantizer"):
         q.codebook.set_vectors(drawn(1, K, D))
     with pytest.raises(RuntimeError, match=r"seeding=None.*seeding=vqcore\.seeding\.random_rows"):
         q.seed([VectorBatch(drawn(1, 50, D))])
