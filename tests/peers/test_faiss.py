@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.peers.verdict import peer_is_wrong
 from vqcore import seeding
 from vqcore.assign import nearest
-from vqcore.quantizers import VectorBatch, VectorQuantizer
+from vqcore.quantizers import ResidualQuantizer, VectorBatch, VectorQuantizer
 
 PEER = "faiss-cpu"
 
@@ -28,6 +28,14 @@ def kmeans(rows: Tensor, start: Tensor, iterations: int = 10, **options: int) ->
     return torch.from_numpy(peer.centroids), peer
 
 
+def search(rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances and codes of the two nearest."""
+    index = faiss.IndexFlatL2(codes.shape[1])
+    index.add(codes.numpy())
+    distances, found = index.search(rows.numpy(), 2)
+    return torch.from_numpy(distances), torch.from_numpy(found)
+
+
 def test_lloyd_from_the_same_start() -> None:
     rows = drawn(1, 4000, 8)
     centroids, _ = kmeans(rows, rows[:32], max_points_per_centroid=4000)
@@ -44,13 +52,16 @@ def test_lloyd_starts_and_ends_at_the_same_objective() -> None:
 
 
 def test_search_of_separated_vectors() -> None:
-    rows, codes = drawn(3, 3000, 32), drawn(4, 500, 32)
-    index = faiss.IndexFlatL2(32)
-    index.add(codes.numpy())
-    distances, found = index.search(rows.numpy(), 2)
-    clear = torch.from_numpy(distances[:, 1] - distances[:, 0] > 1e-3)
+    """Every vector beside its code, and among codes drawn at random every vector that is no near-tie."""
+    far, rows, codes = 3 * drawn(0, 2500, 24), drawn(3, 3000, 32), drawn(4, 500, 32)
+    truth = torch.arange(4000) * 7 % 2500
+    near = far[truth] + 0.1 * drawn(1, 4000, 24)
+    assert torch.equal(search(near, far)[1][:, 0], truth)
+    assert torch.equal(nearest(near, far), truth)
+    distances, found = search(rows, codes)
+    clear = distances[:, 1] - distances[:, 0] > 1e-3
     assert clear.float().mean() > 0.99
-    assert torch.equal(nearest(rows, codes)[clear], torch.from_numpy(found[:, 0])[clear])
+    assert torch.equal(nearest(rows, codes)[clear], found[clear, 0])
 
 
 def test_cosine_is_its_inner_product_search() -> None:
@@ -64,20 +75,22 @@ def test_cosine_is_its_inner_product_search() -> None:
 
 
 def test_residual_codes_and_decoding_at_beam_one() -> None:
-    """faiss 4258: its default beam is 5; greedy search is beam 1."""
-    levels, dim = 3, 8
-    residual = pytest.importorskip("vqcore.quantizers.residual", reason="no residual quantizer yet")
-    q = residual.ResidualQuantizer(16, dim, levels=levels, seed=1)
-    peer = faiss.ResidualQuantizer(dim, levels, 4)
+    """facebookresearch/faiss 4258: its default beam is 5; greedy search is beam 1. Levels of different sizes."""
+    dim, bit_counts = 16, [6, 5, 5, 4]
+    q = ResidualQuantizer([2**b for b in bit_counts], dim, seeding=seeding.kmeans_plus_plus)
+    x = drawn(1, 4000, dim)
+    q.seed([VectorBatch(x)])
+    sizes = faiss.UInt64Vector()
+    for count in bit_counts:
+        sizes.push_back(count)
+    peer = faiss.ResidualQuantizer(dim, sizes)
     books = torch.cat([book.vectors for book in q.codebooks])
     faiss.copy_array_to_vector(books.numpy().reshape(-1), peer.codebooks)
     peer.is_trained, peer.max_beam_size = True, 1
-    rows = drawn(7, 1000, dim)
-    packed = peer.compute_codes(rows.numpy())
-    theirs = torch.from_numpy(faiss.unpack_bitstrings(packed, levels, 4).astype(np.int64))
-    codes = q.assign(rows)
-    assert torch.equal(codes, theirs)
-    torch.testing.assert_close(q.look_up(codes), torch.from_numpy(peer.decode(packed)), rtol=0, atol=1e-5)
+    packed = peer.compute_codes(x.numpy())
+    theirs = faiss.unpack_bitstrings(packed, np.array(bit_counts))
+    assert np.array_equal(q.assign(x).numpy(), theirs)
+    torch.testing.assert_close(q.look_up(q.assign(x)), torch.from_numpy(peer.decode(packed)), rtol=1e-6, atol=1e-6)
 
 
 def test_a_nan_never_reaches_the_centroids() -> None:
