@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from vqcore import noise
 
+Metric = Literal["euclidean", "cosine"]
+
 CODES_PER_TILE = 1024
 # A row's scores change bits with the number of rows in the product, so that number is fixed by the codebook's shape
 # and never by N: 512 loses at most 6 % to padding at N >= 8,192, and its scores (2 MiB) stay near a core's cache.
@@ -32,7 +34,7 @@ def nearest(
     x: Float[Tensor, "N D"],
     vectors: Float[Tensor, "K D"],
     *,
-    metric: Literal["euclidean", "cosine"] = "euclidean",
+    metric: Metric = "euclidean",
 ) -> Int64[Tensor, " N"]:
     """The code of every row of `x`: argmin_k |x - v_k|, or argmax_k <x, v_k> for cosine. Ties take the lowest code.
 

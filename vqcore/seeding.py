@@ -7,17 +7,17 @@ any function of that signature; bind options with functools.partial) then turns 
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from vqcore import assign, noise
+from vqcore.assign import Metric
 from vqcore.codebook import unit
-from vqcore.reduction import Reduction
-
-Metric = Literal["euclidean", "cosine"]
+from vqcore.lloyd import Totals, lloyd, scale_of
+from vqcore.reduction import Alone, Reduction
 
 SAMPLE, SPREAD = 1, 2
 """Streams of noise.race: which vectors enter the sample, and which of them become k-means++ centres."""
@@ -188,9 +188,8 @@ def kmeans_plus_plus(
     where the data has fewer distinct vectors than codes, the rest are copies of rows: codes nobody chooses, which
     revival can give away. An empty cluster keeps its centre. With "cosine" the means are normalised in every iteration.
     """
-    centres = rows[_spread(rows, num_codes, seed)]
-    centres, _ = _lloyd(rows, centres, metric, iterations)
-    return centres
+    start = rows[_spread(rows, num_codes, seed)]
+    return lloyd(lambda: [rows], start, metric=metric, iterations=iterations, reduce=Alone()).vectors
 
 
 @torch.no_grad()
@@ -214,17 +213,13 @@ def scaled_spherical(
     least = math.inf
     for restart in range(restarts):
         start = directions[_spread(directions, num_codes, seed + restart)]
-        found, nearest = _lloyd(directions, start, "euclidean", iterations)
-        objective = sum(
-            float((part - found[where]).square().sum(dtype=torch.float64))
-            for part, where in zip(directions.split(65536), nearest.split(65536), strict=True)
-        )
-        if objective < least:
-            least, centres, codes = objective, found, nearest
+        fitted = lloyd(lambda: [directions], start, iterations=iterations, reduce=Alone())
+        if fitted.objective < least:
+            least, centres = fitted.objective, fitted.vectors
     lengths = torch.linalg.vector_norm(rows.double(), dim=-1)
-    counts, sums = _totals(lengths.unsqueeze(-1), codes, num_codes)
-    scale = torch.where(counts > 0, sums.squeeze(-1) / counts.clamp(min=1), lengths.mean())
-    return unit(centres) * scale.unsqueeze(-1).to(rows.dtype)
+    totals = _totals(lengths.unsqueeze(-1), assign.nearest(directions, centres), num_codes)
+    scale = torch.where(totals.counts.unsqueeze(-1) > 0, totals.means(), lengths.mean())
+    return unit(centres) * scale.to(rows.dtype)
 
 
 @torch.no_grad()
@@ -243,8 +238,7 @@ def norm_blocks(rows: Float[Tensor, "R D"], num_codes: int, *, metric: Metric, s
     order = torch.argsort(torch.linalg.vector_norm(rows.double(), dim=-1), stable=True)
     blocks = torch.empty_like(order)
     blocks[order] = torch.arange(len(rows), device=rows.device) * num_codes // len(rows)
-    counts, sums = _totals(rows, blocks, num_codes)
-    return (sums / counts.unsqueeze(-1)).to(rows.dtype)
+    return _totals(rows, blocks, num_codes).means().to(rows.dtype)
 
 
 def _spread(rows: Tensor, num_codes: int, seed: int) -> Tensor:
@@ -279,23 +273,7 @@ def _spread(rows: Tensor, num_codes: int, seed: int) -> Tensor:
     return torch.cat([found, keys[fresh][:left]])
 
 
-def _lloyd(rows: Tensor, centres: Tensor, metric: Metric, iterations: int) -> tuple[Tensor, Tensor]:
-    """Centres after at most `iterations`, and the code of every row under them."""
-    codes = assign.nearest(rows, centres, metric=metric)
-    for _ in range(iterations):
-        counts, sums = _totals(rows, codes, len(centres))
-        means = (sums / counts.clamp(min=1).unsqueeze(-1)).to(rows.dtype)
-        centres = torch.where((counts > 0).unsqueeze(-1), unit(means) if metric == "cosine" else means, centres)
-        before, codes = codes, assign.nearest(rows, centres, metric=metric)
-        if torch.equal(before, codes):
-            break
-    return centres, codes
-
-
-def _totals(values: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """Per code, how many rows there are and the float64 sum of their values."""
-    counts = torch.bincount(codes, minlength=num_codes)
-    sums = torch.zeros(num_codes, values.shape[1], dtype=torch.float64, device=values.device)
-    for part, where in zip(values.split(65536), codes.split(65536), strict=True):
-        sums.index_add_(0, where, part.double())
-    return counts, sums
+def _totals(rows: Tensor, codes: Tensor, num_codes: int) -> Totals:
+    totals = Totals(num_codes, rows.shape[1], scale_of(rows), rows.device)
+    totals.add(rows, codes)
+    return totals

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 
-import faiss
 import numpy as np
 import pytest
 import torch
@@ -177,17 +176,6 @@ def test_refusals_name_what_was_given() -> None:
         nearest(torch.zeros(2, 4), torch.zeros(0, 4))
     with pytest.raises(ValueError, match=r"'manhattan'.*'euclidean', 'cosine'"):
         nearest(torch.zeros(2, 4), torch.zeros(5, 4), metric="manhattan")  # type: ignore[arg-type]
-
-
-def test_agrees_with_faiss_on_separated_data() -> None:
-    vectors = random(2500, 24) * 3
-    truth = torch.arange(4000) * 7 % 2500
-    x = vectors[truth] + 0.1 * random(4000, 24, seed=1)
-    index = faiss.IndexFlatL2(24)
-    index.add(vectors.numpy())
-    found = torch.from_numpy(index.search(x.numpy(), 1)[1].reshape(-1))
-    assert torch.equal(nearest(x, vectors), found)
-    assert torch.equal(found, truth)
 
 
 MEMORY = """

@@ -223,26 +223,6 @@ def test_gradients_of_noise_substitution_match_finite_differences_and_the_formul
     assert v.grad is None, "the noise is frozen"
 
 
-def test_noise_substitution_matches_nsvq() -> None:
-    nsvq = pytest.importorskip("nsvq", reason="nsvq, of the dev extra, is the reference here")
-    peer = nsvq.NSVQ(32, 6, codebook_reset=False, allow_warning=False)
-    peer.codebook.data.copy_(random(32, 6, dtype=torch.float32))
-    x, g = random(500, 6, seed=1, dtype=torch.float32), random(500, 6, seed=2, dtype=torch.float32)
-    x[0] = peer.codebook.detach()[3]  # exactly on a code
-    theirs, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
-    torch.manual_seed(5)
-    wanted, codes, _ = peer(theirs)
-    torch.manual_seed(5)
-    v = torch.distributions.Normal(0, 1).sample(x.shape)
-    codebook = peer.codebook.detach().clone().requires_grad_()
-    found = substitute_noise(ours, codebook[codes], v)
-    torch.testing.assert_close(found, wanted)
-    (wanted * g).sum().backward()
-    (found * g).sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
-    torch.testing.assert_close(codebook.grad, peer.codebook.grad)
-
-
 def test_a_code_that_is_x_passes_the_gradient_on_where_the_authors_first_formula_gives_nan() -> None:
     x, v, g = (random(4, 3, seed=i) for i in range(3))
     q = x.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""The sample is the same for any number of workers; what is made of it is checked against numpy, faiss and chance."""
+"""The sample is the same for any number of workers; what is made of it is checked against numpy and chance."""
 
 from functools import partial
 
@@ -145,16 +145,6 @@ def test_lloyd_matches_a_numpy_reference() -> None:
         centres = np.stack([x[codes == k].mean(0) if (codes == k).any() else centres[k] for k in range(12)])
     made = kmeans_plus_plus(rows, 12, metric="euclidean", seed=1, iterations=6)
     np.testing.assert_allclose(made.numpy(), centres, atol=1e-5)
-
-
-def test_the_objective_is_as_good_as_that_of_faiss() -> None:
-    faiss = pytest.importorskip("faiss", reason="faiss-cpu, of the dev extra, is the reference here")
-    rows = drawn(3, 4000, 8)
-    reference = faiss.Kmeans(8, 64, niter=25, nredo=5, seed=1, max_points_per_centroid=10000)
-    reference.train(rows.numpy())
-    best = torch.cdist(rows, torch.from_numpy(reference.centroids)).min(1).values.square().sum()
-    made = kmeans_plus_plus(rows, 64, metric="euclidean", seed=0, iterations=25)
-    assert torch.cdist(rows, made).min(1).values.square().sum() <= 1.02 * best
 
 
 @pytest.mark.parametrize(("offset", "dim"), [(0.0, 5), (1000.0, 5), (0.0, 64)])

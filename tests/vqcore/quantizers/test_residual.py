@@ -4,12 +4,10 @@ from collections.abc import Iterator
 from itertools import pairwise, product
 from typing import Any
 
-import faiss
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from vector_quantize_pytorch import ResidualVQ
 
 from tests.together import Seat, together
 from vqcore import noise
@@ -160,40 +158,6 @@ def test_steps_match_a_numpy_reference(shared: bool) -> None:
             smooth = (c[b] + 0.1) / (c[b].sum() + len(c[b]) * 0.1) * c[b].sum()
             v[b] = np.where((counts[b] > 0)[:, None], s[b] / smooth[:, None], v[b]).astype(np.float32).astype(float)
             np.testing.assert_allclose(book.vectors.numpy(), v[b], rtol=1e-5, atol=1e-6)
-
-
-def test_codes_are_those_of_faiss_at_beam_one() -> None:
-    """facebookresearch/faiss 4258: its default beam is 5 in training; greedy search is beam 1."""
-    dim, bit_counts = 16, [6, 5, 5, 4]
-    q = ResidualQuantizer([2**b for b in bit_counts], dim, seeding=kmeans_plus_plus)
-    x = drawn(1, 4000, dim)
-    q.seed([VectorBatch(x)])
-    peer = faiss.ResidualQuantizer(dim, _vector_of(bit_counts))
-    faiss.copy_array_to_vector(torch.cat(books(q)).numpy().reshape(-1), peer.codebooks)
-    peer.is_trained, peer.max_beam_size = True, 1
-    packed = peer.compute_codes(x.numpy())
-    theirs = faiss.unpack_bitstrings(packed, np.array(bit_counts))
-    assert np.array_equal(q.assign(x).numpy(), theirs)
-    torch.testing.assert_close(q.look_up(q.assign(x)), torch.from_numpy(peer.decode(packed)), rtol=1e-6, atol=1e-6)
-
-
-def _vector_of(bit_counts: list[int]) -> Any:
-    vector = faiss.UInt64Vector()
-    for count in bit_counts:
-        vector.push_back(count)
-    return vector
-
-
-def test_evaluation_agrees_with_vector_quantize_pytorch() -> None:
-    peer = ResidualVQ(dim=8, num_quantizers=3, codebook_size=32, shared_codebook=False).eval()
-    q = ResidualQuantizer(32, 8, levels=3).eval()
-    for layer, book in zip(peer.layers, books(q), strict=True):
-        layer._codebook.embed.data.copy_(book.unsqueeze(0))
-    x = drawn(1, 2, 200, 8)
-    vectors, codes, _ = peer(x)
-    out = q(x)
-    assert torch.equal(out.codes, codes)
-    torch.testing.assert_close(out.vectors, vectors)
 
 
 # Exactness

@@ -1,4 +1,4 @@
-"""SpaceFillingQuantizer: the paper's equations against brute force, autograd, numpy and diveq; a curve that orders."""
+"""SpaceFillingQuantizer: the paper's equations against brute force, autograd and numpy; a curve that orders."""
 
 import math
 from collections.abc import Callable
@@ -86,23 +86,6 @@ def test_a_training_forward_is_the_nearest_of_the_dithered_points(joint: bool) -
                 out.vectors.reshape(-1, D)[keep].detach().numpy(), points[codes[keep]], atol=1e-5
             )
     assert int(q.codebook.step) == 5
-
-
-def test_the_dithered_codes_are_those_of_diveq(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SF-DiVeQ dithers alike; as its directional noise vanishes, its value is our dithered point."""
-    diveq = pytest.importorskip("diveq", reason="diveq, of the dev extra, is the reference here")
-    peer = diveq.SFDIVEQ(K, D, noise_var=1e-9, skip_iters=0, avg_iters=0, allow_warning=False)
-    q = made()
-    peer.codebook.data.copy_(q.codebook.vectors)
-    x = drawn(1, 2000, D)
-    torch.manual_seed(3)
-    dither = torch.rand(K - 1, 1)
-    torch.manual_seed(3)
-    vectors, codes, _ = peer(x)
-    monkeypatch.setattr("vqcore.noise.shared_uniform", lambda *_: dither[:, 0].double())
-    out = q(x)
-    assert torch.equal(out.codes, codes)
-    torch.testing.assert_close(out.vectors, vectors, rtol=0, atol=1e-5)
 
 
 def test_the_loss_moves_the_two_corners_of_the_segment_by_their_share() -> None:
