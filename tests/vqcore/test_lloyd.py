@@ -1,4 +1,4 @@
-"""Lloyd over batches: numpy's answer, the same bits however the data is spread, nothing kept. faiss is in tests/peers."""
+"""Lloyd over batches: numpy's answer, the same bits however the data is spread, nothing kept. faiss: tests/peers."""
 
 import os
 import subprocess
