@@ -25,6 +25,14 @@ os.environ.update(
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two test processes one takes all that needs Ray, so that there is one Ray; other files stay whole, so that
+    their fixtures are made once."""
+    with_ray = {item.path for item in items if "ray_instance" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else item.path.stem))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def tracking_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Else a test that tracks something would leave a database in the working directory."""
