@@ -430,6 +430,22 @@ def test_accumulate_equals_one_forward_on_all(name: str) -> None:
     assert revived or not revives(q), "the case must revive something"
 
 
+@pytest.mark.parametrize("name", ACCUMULATING)
+def test_a_batch_may_come_in_a_buffer_that_is_filled_again(name: str) -> None:
+    """Raw data often does. Vectors that a block keeps for revival must not change under it."""
+    q, fresh = CASES[name](seed=2), CASES[name](seed=2)
+    buffer, named = torch.empty(20, D), torch.empty(20, dtype=torch.int64)
+    for step in range(4):
+        with q.accumulate(count=ROWS), fresh.accumulate(count=ROWS):
+            for part in range(3):
+                x, keys = batch(3 * step + part, 20), torch.arange(20) + 20 * (3 * step + part)
+                q(buffer.copy_(x), None, named.copy_(keys))
+                fresh(x, None, keys)
+            buffer.fill_(torch.nan)
+        assert has_revived(q) == has_revived(fresh)
+    assert bits(q) == bits(fresh)
+
+
 def broken_block(q: AnyQuantizer, x: Tensor) -> None:
     with q.accumulate(count=ROWS):
         q(x)
@@ -638,6 +654,20 @@ def test_training_forwards_gather_until_there_are_enough(name: str, block: bool)
 
     results = together(2, work)
     assert bits(results[0]) == bits(results[1])
+
+
+@pytest.mark.parametrize("name", SEEDED_FROM_DATA)
+def test_vectors_that_wait_to_seed_are_kept_from_a_buffer_that_is_filled_again(name: str) -> None:
+    q, fresh = CASES[name](seed=2, seeding=random_rows), CASES[name](seed=2, seeding=random_rows)
+    buffer, named = torch.empty(5, D), torch.empty(5, dtype=torch.int64)
+    step = 0
+    while not fresh.seeded:
+        x, keys = batch(step, 5), torch.arange(5) + 5 * step
+        q(buffer.copy_(x), None, named.copy_(keys))
+        fresh(x, None, keys)
+        step += 1
+    assert step > 1, "the first batch must not be enough"
+    assert bits(q) == bits(fresh)
 
 
 @pytest.mark.parametrize("name", SEEDED_FROM_DATA)

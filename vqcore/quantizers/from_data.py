@@ -75,7 +75,9 @@ def gather(
     """A training forward of an unseeded quantizer: keep the vectors and pass x on, until all workers together can
     seed. `levels` is the trailing shape of the codes of quantizers that have several a vector."""
     rank = resolve(updates.reduce).rank
-    updates.gather(_offer(given, keys_of(keys, x, rank, updates.gathered), book))
+    offer = _offer(given, keys_of(keys, x, rank, updates.gathered), book)
+    # Copies: raw data may come in a buffer that its owner fills again for the next step.
+    updates.gather(offer._replace(rows=offer.rows.clone(), keys=offer.keys.clone()))
     return passed_on(x, given, levels)
 
 

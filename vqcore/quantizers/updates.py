@@ -54,11 +54,6 @@ class Updates:
         self._open: _Block | None = None
         self._gathered: list[Offer] = []
 
-    @property
-    def is_open(self) -> bool:
-        """Inside an `accumulate` block."""
-        return self._open is not None
-
     @contextmanager
     def accumulate(self, count: int | None, training: bool) -> Iterator[None]:
         """See VectorQuantizer.accumulate."""
@@ -91,6 +86,8 @@ class Updates:
         if self._open is None:
             self._update(statistics, reduce)
             return statistics[0].total(), reduce.world
+        for one in statistics:
+            one.hold()
         if self._open.count is not None:
             return torch.tensor(self._open.count, dtype=torch.float64, device=valid.device), reduce.world
         count = valid.sum().double()
