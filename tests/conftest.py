@@ -25,6 +25,7 @@ os.environ.update(
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before the scheduler reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of two test processes one takes all that needs Ray, so that there is one Ray; other files stay whole, so that
     their fixtures are made once."""
