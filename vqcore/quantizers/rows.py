@@ -56,7 +56,7 @@ def keys_of(
     this worker has shown in the same update. Raises ValueError on another shape or type."""
     if keys is None:
         count = x[..., 0].numel()
-        return noise.default_keys(seen + count, rank, x.device)[seen:]
+        return noise.default_keys(count, rank, x.device, start=seen)
     return _flat("keys", keys, x, torch.int64)
 
 
