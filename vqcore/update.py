@@ -47,6 +47,10 @@ class Rule:
     """(book, global counts, global sums, decay, eps) -> moves the book; None: `book.ema_update`. A module-level
     function, for the systems whose source updates by another rule."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed is {self.seed!r}; it must be a whole number")
+
     @property
     def revived_count(self) -> float:
         """EMA count a revived or freshly seeded code starts from: some steps of grace before it can be dead again."""

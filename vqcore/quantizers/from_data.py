@@ -58,7 +58,13 @@ def vectors_from(
 def offers_of(batches: Iterable[VectorBatch], book: Book, reduce: Reduction | None) -> Iterator[Offer]:
     """What this worker's `batches` offer to the seeding of `book`."""
     rank, seen = resolve(reduce).rank, 0
-    for x, mask, keys in batches:
+    for batch in batches:
+        if not isinstance(batch, tuple):  # a tensor would be taken apart into x, mask and keys
+            raise ValueError(
+                f"seeding got a {type(batch).__name__} where it takes batches: give an iterable of "
+                "vqcore.quantizers.VectorBatch(x), or VectorBatch(x, mask, keys)"
+            )
+        x, mask, keys = VectorBatch(*batch)
         named = keys_of(keys, x, rank, seen)
         seen += len(named)
         yield _offer(rows_of(x, mask, book.code_dim, book.dtype), named, book)

@@ -24,6 +24,8 @@ class Rows(NamedTuple):
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """No autocast inside, whatever the device: a bfloat16 product assigns about 2 % of the rows to other codes."""
+    if not isinstance(device, torch.device):  # NumPy's arrays have a device too, a string
+        raise ValueError(f"x is on a device {device!r} of another library; give a tensor, as torch.from_numpy(x) makes")
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
