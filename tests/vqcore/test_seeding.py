@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from tests.together import Seat, together
+from vqcore import noise
 from vqcore import seeding as seeding_module
 from vqcore.reduction import Alone
 from vqcore.seeding import (
+    SAMPLE,
     Offer,
     draw_sample,
     kmeans_plus_plus,
@@ -54,6 +56,16 @@ def test_the_sample_does_not_depend_on_the_workers(world: int, size: int) -> Non
     for rows, seen, non_finite in together(world, work):
         assert torch.equal(rows, alone.rows)
         assert (seen, non_finite) == (270, 30) == (alone.seen, alone.non_finite)
+
+
+@pytest.mark.parametrize("size", [8, 20])
+def test_the_sample_is_the_rows_with_the_smallest_race_keys_in_their_order(size: int) -> None:
+    x, usable = drawn(0, ROWS, D), torch.arange(ROWS)[torch.arange(ROWS) % 10 != 0]
+    for seed in range(20):
+        batches = (offer(x, part) for part in torch.arange(ROWS).split(7))
+        sample = draw_sample(batches, LIKE, seed=seed, reduce=Alone(), size=size)
+        order = noise.race(seed, 0, usable, stream=SAMPLE).argsort()[:size]
+        assert torch.equal(sample.rows, x[usable[order]])
 
 
 def test_the_draw_holds_twice_its_sample_and_a_batch_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
