@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 # Two test processes; tests/conftest.py says which test goes with which.
-TOGETHER := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+TOGETHER := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 .PHONY: setup demo test test-all lint types contracts coverage bench clean help
 .DEFAULT_GOAL := help

@@ -9,7 +9,9 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,13 +27,23 @@ os.environ.update(
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before the scheduler reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two test processes one takes all that needs Ray, so that there is one Ray; other files stay whole, so that
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several test processes one takes all that needs Ray, so that there is one Ray; other files stay whole, so that
     their fixtures are made once."""
-    with_ray = {item.path for item in items if "ray_instance" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else item.path.stem))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class WholeFiles(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if _needs_ray(config.rootpath / file) else file
+
+    return WholeFiles(config, log)
+
+
+@cache
+def _needs_ray(file: Path) -> bool:
+    return "ray_instance" in file.read_text()
 
 
 @pytest.fixture(scope="session", autouse=True)
