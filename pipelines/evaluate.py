@@ -1,6 +1,7 @@
 """Metrics of a bundle over a whole split: every shard adds its sums, and metrics are taken once at the end."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from pipelines import registry, storage, tracking, trained
 from pipelines.claims import claim
 from pipelines.encode import REQUEST, opened_for, seen_batches, shard_parts
+from pipelines.errors import Refused
 from pipelines.feed import read_columns, to_batch
 from pipelines.parts import run_parts
 from pipelines.pictures import usage_plot
@@ -51,7 +53,7 @@ def evaluate(bundle: str, shards: str, out: str, split: str = "test") -> Evaluat
         pictures = [storage.join(out, name) for name in record["pictures"]]
         return Evaluation(out, model.digest, int(record["metrics"]["rows"]), record["metrics"], pictures, True)
     sums = _sums_over(directory, reader, split, out)
-    found = {**_shared_metrics(model, sums), **model.recipe.summarise(sums)}
+    found = _metrics(model, sums)
     names = _draw(model, reader, split, sums["counts"], out)
     _track(model, request, found, [storage.join(out, name) for name in names])
     storage.write_json_atomic(home, {"metrics": found, "pictures": names})
@@ -60,11 +62,31 @@ def evaluate(bundle: str, shards: str, out: str, split: str = "test") -> Evaluat
     )
 
 
+def measure(model: Trained, reader: ShardReader, split: str) -> dict[str, float]:
+    """The same metrics of an opened model, in this process: no Ray, no pictures, nothing written.
+
+    Raises:
+        Refused: the split has no rows.
+    """
+    if reader.rows(split) == 0:
+        raise Refused(f"{reader.uri} has no rows in its {split} split; ingest more files, or with a larger --holdout.")
+    shards = range(len(reader.manifest.shards))
+    return _metrics(model, _summed(_measure_shard(reader.uri, split, shard, None, model) for shard in shards))
+
+
+def _metrics(model: Trained, sums: dict[str, Tensor]) -> dict[str, float]:
+    return {**_shared_metrics(model, sums), **model.recipe.summarise(sums)}
+
+
 def _sums_over(directory: Path, reader: ShardReader, split: str, out: str) -> dict[str, Tensor]:
-    totals: dict[str, Tensor] = {}
     work = partial(_measure_shard, reader.uri, split)
     setup = partial(trained.open_trained, directory)
-    for record in run_parts(shard_parts(reader, split), work, out, label="evaluate", unit="rows", setup=setup):
+    return _summed(run_parts(shard_parts(reader, split), work, out, label="evaluate", unit="rows", setup=setup))
+
+
+def _summed(records: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
+    totals: dict[str, Tensor] = {}
+    for record in records:
         for name, value in record.items():
             added = torch.tensor(value, dtype=torch.float64)
             totals[name] = totals[name] + added if name in totals else added

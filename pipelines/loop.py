@@ -110,7 +110,7 @@ def _run_stage(
     store: Checkpoints,
     say: Callable[[Event], None],
 ) -> None:
-    stage = trainee.stage
+    stage, began = trainee.stage, time.perf_counter()
     _check_accumulation(trainee.quantizers, spec.micro_batches)
     source = feed.open(spec, settings, stage, device)
     trainee.model.train()
@@ -137,11 +137,13 @@ def _run_stage(
             totals.latest = {name: value if math.isfinite(value) else None for name, value in kept.items()}
             # One curve runs through all stages, so metrics carry the step of the whole run.
             say({"kind": "metrics", "stage": stage.name, "run_step": before + done, "metrics": seen})
-        say({"kind": "progress", "stage": stage.name, "step": done, "steps": stage.steps})
+        say({"kind": "progress", "stage": stage.name, "step": done, "steps": stage.steps, "run_step": before + done})
+        if saving:
+            totals.seconds, began = totals.seconds + time.perf_counter() - began, time.perf_counter()
         if saving and resolve(None).rank == 0:
             tensors, plain = checkpoint.pack(trainee.model, trainee.optimisers)
             store.save(Checkpoint(number, done, tensors, {**plain, "totals": vars(totals)}))
-            say({"kind": "checkpoint", "stage": stage.name, "step": done})
+            say({"kind": "checkpoint", "stage": stage.name, "step": done, "run_step": before + done})
 
 
 def _check_accumulation(quantizers: list[tuple[str, Quantizer]], micro_batches: int) -> None:

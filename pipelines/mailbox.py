@@ -40,15 +40,16 @@ class Mailbox:
 class Outbox:
     """A worker's end of the mailbox: batches events, and of progress keeps only the newest."""
 
-    def __init__(self, mailbox: Any, every: float = 0.25):
-        self.mailbox, self.every = mailbox, every
+    def __init__(self, mailbox: Any, every: float = 0.25, **label: Any):
+        """Events get the keys of `label` too, where several tell one mailbox."""
+        self.mailbox, self.every, self.label = mailbox, every, label
         self.waiting: list[Event] = []
         self.sent = 0.0
 
     def tell(self, event: Event) -> None:
         if event["kind"] == "progress" and self.waiting and self.waiting[-1]["kind"] == "progress":
             self.waiting.pop()
-        self.waiting.append(event)
+        self.waiting.append({**event, **self.label})
         if time.monotonic() - self.sent > self.every:
             self.flush()
 

@@ -138,6 +138,8 @@ class Recipe:
     """Sums over the split (with `rows`) -> the recipe's own metrics. Usage and perplexity are added for everyone."""
     space: dict[str, str]
     """Setting -> search expression for tuning, in the grammar of `--set`: `choice:a,b` or `a..b:log2`."""
+    distortion: str = "mse"
+    """The metric, lower is better, that tuning calls `distortion`: what is lost between a row and its codes."""
     pictures: Callable[[Any, Batch], dict[str, Any]] | None = None
     """A few rows -> name -> matplotlib Figure."""
     demo: Demo | None = None

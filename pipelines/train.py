@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from pipelines import cluster, loop, recipe, storage, tracking, trained
 from pipelines.claims import claim
 from pipelines.errors import Failed, Refused
 from pipelines.feed import Feed, columns_of
-from pipelines.loop import RunSpec
+from pipelines.loop import Event, RunSpec
 from pipelines.mailbox import Listener, Mailbox, Outbox
 from pipelines.options import validated
 from pipelines.plan import lanes_for
@@ -67,36 +68,76 @@ def train(request: Request) -> Outcome:
         Refused: a mistake in the request, before anything is started.
         Failed: training ended early; everything up to the newest checkpoint is kept.
     """
-    out = storage.normalise(request.out)
-    reader = ShardReader(storage.normalise(request.shards))
-    spec, preset = _spec(request, reader, out)
-    about = _about(spec, preset, reader)
-    ours = {"format": RUN, "version": VERSION, **about}
+    prepared = prepare(request)
+    out = prepared.spec.out
     if storage.exists(storage.join(out, RUN_FILE)):
-        claim(out, RUN_FILE, ours, "a run")
-        if storage.exists(storage.join(out, "bundle", "card.json")):
+        claim_run(prepared)
+        if has_bundle(out):
             return _finished(out)
     cluster.connect()
     cluster.require_shared(out, request.shards)
-    _check_room(request)
-    claim(out, RUN_FILE, ours, "a run")
+    check_room(request.workers, request.gpus_per_worker)
+    claim_run(prepared)
     run = tracking.start_run(
-        experiment=spec.recipe,
+        experiment=request.recipe,
         name=os.path.basename(out.rstrip("/")),
-        settings=about["settings"],
-        tags={"kind": "train", "shards_digest": reader.manifest.digest, "workers": str(request.workers)},
+        settings=prepared.about["settings"],
+        tags={
+            "kind": "train",
+            "shards_digest": prepared.about["parents"]["shards"],
+            "workers": str(request.workers),
+        },
         resume_run_id=_recorded_run(out),
     )
     storage.write_json_atomic(storage.join(out, "tracking.json"), {"run_id": run.id})
     try:
-        _fit(request, spec, about, run)
+        # Made here and not by the workers: it outlives them all.
+        mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+        with Listener(mailbox, run):
+            carry_out_on_workers(request, prepared, mailbox)
     except BaseException:
         run.finish("FAILED")
         raise
     run.tags({"bundle_digest": _finished(out).digest})
     run.finish("FINISHED")
-    storage.remove(storage.join(out, "ray"))
     return Outcome(**{**asdict(_finished(out)), "skipped": False, "run_id": run.id})
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request whose settings were checked against its recipe and shards."""
+
+    spec: RunSpec
+    about: dict[str, Any]
+    """What the result depends on: what reruns must repeat, and what the card tells."""
+
+
+def prepare(request: Request) -> Prepared:
+    """Check a request against its recipe and shards. Nothing is written or started.
+
+    Raises:
+        Refused: a mistake in the request.
+    """
+    reader = ShardReader(storage.normalise(request.shards))
+    spec, preset = _spec(request, reader, storage.normalise(request.out))
+    return Prepared(spec, _about(spec, preset, reader))
+
+
+def claim_run(prepared: Prepared) -> None:
+    """Make the output directory this run's, or find that it is. Raises Refused where it is another's."""
+    claim(prepared.spec.out, RUN_FILE, {"format": RUN, "version": VERSION, **prepared.about}, "a run")
+
+
+def has_bundle(out: str) -> bool:
+    return storage.exists(storage.join(out, "bundle", "card.json"))
+
+
+def carry_out(prepared: Prepared, device: torch.device, tell: Callable[[Event], None]) -> None:
+    """Train in this process, as one worker of the group there may be; rank 0 leaves the bundle."""
+    spec = prepared.spec
+    model, totals = loop.train(spec, Feed(ShardReader(spec.shards)), device, tell)
+    if resolve(None).rank == 0:
+        trained.write_trained(spec.out, model, {**prepared.about, "metrics": totals.latest})
 
 
 def _spec(request: Request, reader: ShardReader, out: str) -> tuple[RunSpec, str]:
@@ -138,7 +179,6 @@ def _spec(request: Request, reader: ShardReader, out: str) -> tuple[RunSpec, str
 
 
 def _about(spec: RunSpec, preset: str, reader: ShardReader) -> dict[str, Any]:
-    """What the result depends on: what reruns must repeat, and what the card tells."""
     found = recipe.load(spec.recipe)
     books = found.codebooks(found.Settings(**spec.settings))
     return {
@@ -169,19 +209,19 @@ def _finished(out: str) -> Outcome:
     return Outcome(out, card["digest"], True, card["metrics"], _recorded_run(out))
 
 
-def _check_room(request: Request) -> None:
+def check_room(workers: int, gpus_per_worker: float) -> None:
     """A worker group that can never start would wait for ever, so it is refused at once."""
     cpus = cluster.cpus()
-    if request.workers < 1 or request.workers > cpus:
+    if workers < 1 or workers > cpus:
         raise Refused(
-            f"--workers {request.workers} needs as many CPUs; this cluster has {cpus}."
+            f"--workers {workers} needs as many CPUs; this cluster has {cpus}."
             f" Use --workers 1 to {cpus}, or connect to a larger cluster with RAY_ADDRESS."
         )
     gpus = ray.cluster_resources().get("GPU", 0.0)
-    if request.workers * request.gpus_per_worker > gpus:
+    if workers * gpus_per_worker > gpus:
         raise Refused(
-            f"--workers {request.workers} x --gpus-per-worker {request.gpus_per_worker:g} needs"
-            f" {request.workers * request.gpus_per_worker:g} GPUs; this cluster has {gpus:g}."
+            f"--workers {workers} x --gpus-per-worker {gpus_per_worker:g} needs"
+            f" {workers * gpus_per_worker:g} GPUs; this cluster has {gpus:g}."
         )
 
 
@@ -193,14 +233,12 @@ def _worker(config: dict[str, Any]) -> None:
     if ray.get(mailbox.failure.remote()):
         return
     torch.set_num_threads(config["threads"])
-    spec = RunSpec(**config["spec"])
-    outbox = Outbox(mailbox)
+    prepared = Prepared(RunSpec(**config["spec"]), config["about"])
+    outbox = Outbox(config["events"], **config["label"])
     try:
         device = torch.device("cuda", torch.cuda.current_device()) if config["gpu"] else torch.device("cpu")
-        model, totals = loop.train(spec, Feed(ShardReader(spec.shards)), device, outbox.tell)
-        if resolve(None).rank == 0:
-            outbox.flush()
-            trained.write_trained(spec.out, model, {**config["about"], "metrics": totals.latest})
+        carry_out(prepared, device, outbox.tell)
+        outbox.flush()
     except (RuntimeError, OSError) as error:
         if not isinstance(error, Failed):
             raise
@@ -217,15 +255,25 @@ def _give_up(mailbox: Any, outbox: Outbox, text: str) -> None:
     ray.get(mailbox.fail.remote(text))
 
 
-def _fit(request: Request, spec: RunSpec, about: dict[str, Any], run: tracking.Run) -> None:
-    """Start the workers, and until they are done show and record what they say."""
+def carry_out_on_workers(request: Request, prepared: Prepared, mailbox: Any, events: Any = None, **label: Any) -> None:
+    """Train with Ray Train's workers. Returns when the bundle is there.
+
+    Args:
+        mailbox: this run's own, which keeps an error that no restart mends.
+        events: the mailbox that is told what the workers do, each event with the keys of `label`; default `mailbox`.
+
+    Raises:
+        Failed: no restart mends it; checkpoints are kept.
+    """
+    spec = prepared.spec
     # The controller looks at its workers this often; its default of 2 s would add that much to every start and end.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    mailbox = Mailbox.remote()  # type: ignore[attr-defined]
     config = {
         "mailbox": mailbox,
+        "events": mailbox if events is None else events,
+        "label": label,
         "spec": asdict(spec),
-        "about": about,
+        "about": prepared.about,
         # The user's own word on threads wins; results repeat to the bit only at one thread count.
         "threads": int(os.environ.get("OMP_NUM_THREADS") or max(1, cluster.cpus() // request.workers)),
         "gpu": request.gpus_per_worker > 0,
@@ -246,11 +294,10 @@ def _fit(request: Request, spec: RunSpec, about: dict[str, Any], run: tracking.R
         ),
     )
     fault: TrainingFailedError | None = None
-    with Listener(mailbox, run):
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            fault = error
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        fault = error
     if failure := ray.get(mailbox.failure.remote()):
         raise Failed(f"{failure} (checkpoints so far are in {spec.out})")
     if fault is not None:
@@ -259,3 +306,4 @@ def _fit(request: Request, spec: RunSpec, about: dict[str, Any], run: tracking.R
             f"training stopped after {request.restarts} restarts: {last}."
             f" Run the same command again to go on from the newest checkpoint in {spec.out}."
         ) from fault
+    storage.remove(storage.join(spec.out, "ray"))

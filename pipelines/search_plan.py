@@ -1,0 +1,239 @@
+"""A search as it was asked for, checked: its space, its sampler, its objectives, and what all its trials share."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from pipelines import recipe, sampling, storage, train, trial_run
+from pipelines.errors import Refused
+from pipelines.feasibility import Feasibility
+from pipelines.options import validated
+from pipelines.recipe import Recipe
+from pipelines.shards import ShardReader
+from pipelines.space import Point, Space, parse_space
+from pipelines.trial_run import Common, Proposal
+
+SEARCH = "vqray-search"
+VERSION = 1
+TRIALS = 20
+"""Proposals of a sampler that has no end of its own."""
+LARGEST_GRID = 100
+"""A space of more points is not searched point by point unless --sampler grid says so."""
+REDUCTION = 3
+"""ASHA: of the trials that reach a rung, the best third goes on; rungs are this factor apart."""
+RUNGS = 3
+
+
+@dataclass(frozen=True)
+class Search:
+    """What the user asked for. `trials`, `concurrent`, `workers`, GPUs and restarts may differ on a rerun."""
+
+    recipe: str
+    shards: str
+    out: str
+    preset: str | None = None
+    words: Sequence[str] = ()
+    """`--set` words: searched settings, or fixed ones."""
+    capacity: int | None = None
+    bits: float | None = None
+    sampler: str | None = None
+    """None: a grid where the space is a small one, else adaptive."""
+    trials: int | None = None
+    """Points that are tried; each is `repeats` trials."""
+    repeats: int = 1
+    seed: int = 0
+    objectives: Sequence[str] | None = None
+    """`min:NAME` or `max:NAME`; None: min:distortion min:bits_per_row, with `asha` only the first."""
+    asha: bool = False
+    concurrent: int | None = None
+    workers: int = 1
+    """Of each trial."""
+    gpus_per_worker: float = 0.0
+    checkpoint_every: int = 500
+    restarts: int = 3
+    """How often a trial whose process died is tried again."""
+    retry_failed: bool = False
+
+
+class Plan:
+    """A request, checked: the space, the sampler, and what every trial has in common."""
+
+    def __init__(self, request: Search):
+        self.request = request
+        self.out = storage.normalise(request.out)
+        self.found: Recipe = recipe.load(request.recipe)
+        self.reader = ShardReader(storage.normalise(request.shards))
+        what = f"recipe {request.recipe!r}"
+        self.preset = request.preset or ("paper" if torch.cuda.is_available() else "small")
+        if self.preset not in self.found.presets:
+            raise Refused(f"{what} has no preset {self.preset!r}; allowed: {', '.join(self.found.presets)}.")
+        if request.preset is None:
+            print(
+                f"preset {self.preset!r} ({'CUDA found' if self.preset == 'paper' else 'no CUDA here'})",
+                file=sys.stderr,
+            )
+        self.space: Space = parse_space(request.words, self.found.Settings, self.found.space, what)
+        base = {**self.found.presets[self.preset], **self.space.fixed}
+        self.feasibility = Feasibility(self.found, self.space, base, self.reader, request.capacity, request.bits)
+        self.sampler = self._sampler()
+        self.objectives = [_objective(word) for word in self._words_of_objectives()]
+
+    def check(self) -> None:
+        """Refuse what cannot end well, before anything is written or started."""
+        request = self.request
+        if self.reader.manifest.kind not in self.found.corpus:
+            kinds = " or ".join(self.found.corpus)
+            raise Refused(
+                f"recipe {request.recipe!r} trains on {kinds}; {self.reader.uri} holds {self.reader.manifest.kind}."
+            )
+        for split in ("train", trial_run.SPLIT):
+            if self.reader.rows(split) == 0:
+                raise Refused(
+                    f"{self.reader.uri} has no rows in its {split} split ({self.reader.manifest.rows()} in all), and a"
+                    " search trains on train and scores on valid: ingest more files or a larger --holdout."
+                )
+        for name in ("repeats", "workers", "trials", "concurrent"):
+            if (given := getattr(request, name)) is not None and given < 1:
+                raise Refused(f"--{name} {given} was given; it takes 1 or more.")
+        self._check_early_stopping()
+        first = self.points[0] if self.sampler == "grid" else self.new_sampler().propose(0)
+        if first is None:
+            if self.feasibility.drawn().size() is not None:
+                sampling.grid_points(self.feasibility)
+            raise Refused(
+                f"none of {sampling.TRIES} points drawn from the search space can be trained:"
+                " loosen --capacity or --bits, or widen the space."
+            )
+        train.prepare(trial_run.request_of(self.common, Proposal(0, 0, first, 0, request.seed), self.out))
+        for point, reason in self.left_out:
+            given = " ".join(f"{key}={value}" for key, value in point.items())
+            print(f"left out: {given} ({reason})", file=sys.stderr)
+
+    @cached_property
+    def _grid(self) -> tuple[list[Point], list[tuple[Point, str]]]:
+        return sampling.grid_points(self.feasibility) if self.sampler == "grid" else ([], [])
+
+    @property
+    def points(self) -> list[Point]:
+        return self._grid[0]
+
+    @property
+    def left_out(self) -> list[tuple[Point, str]]:
+        """Points of the grid that cannot be trained, and why."""
+        return self._grid[1]
+
+    @property
+    def total(self) -> int:
+        """Trials that there are to be."""
+        points = len(self.points) if self.sampler == "grid" else (self.request.trials or TRIALS)
+        return points * self.request.repeats
+
+    def new_sampler(self) -> sampling.Sampler:
+        directions = [direction for _, direction in self.objectives]
+        return sampling.make(self.sampler, self.feasibility, self.request.seed, directions, self.points)
+
+    @cached_property
+    def steps(self) -> tuple[int, int]:
+        """(steps of a trial, those of them before its last stage)."""
+        base = {**self.found.presets[self.preset], **self.space.fixed}
+        settings = validated(self.found.Settings, base, self.request.recipe)
+        lengths = [stage.steps for stage in self.found.stages(settings)]
+        return sum(lengths), sum(lengths[:-1])
+
+    @cached_property
+    def rungs(self) -> list[int]:
+        """Steps at which trials are compared: multiples of the first, so that each is a checkpoint."""
+        total, before = self.steps
+        first = max(1, total // REDUCTION**RUNGS)
+        steps = [first * REDUCTION**n for n in range(RUNGS + 1)]
+        return [step for step in steps if before < step < total] if self.request.asha else []
+
+    @cached_property
+    def common(self) -> Common:
+        request = self.request
+        return Common(
+            recipe=request.recipe,
+            preset=self.preset,
+            fixed=dict(self.space.fixed),
+            shards=self.reader.uri,
+            workers=request.workers,
+            gpus_per_worker=request.gpus_per_worker,
+            checkpoint_every=self.rungs[0] if self.rungs else request.checkpoint_every,
+            restarts=request.restarts,
+            rungs=self.rungs,
+        )
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """What the trials depend on, and what reruns must repeat."""
+        learned = self.sampler == "adaptive" or self.request.asha
+        return {
+            "format": SEARCH,
+            "version": VERSION,
+            "recipe": self.request.recipe,
+            "preset": self.preset,
+            "space": self.space.given,
+            "fixed": self.space.fixed,
+            "capacity": self.request.capacity,
+            "bits": self.request.bits,
+            "sampler": self.sampler,
+            "repeats": self.request.repeats,
+            "seed": self.request.seed,
+            "asha": self.request.asha,
+            "objectives": [f"{direction}:{name}" for name, direction in self.objectives] if learned else None,
+            "parents": {"shards": self.reader.manifest.digest},
+        }
+
+    def _sampler(self) -> str:
+        request, size = self.request, self.feasibility.drawn().size()
+        if request.sampler is None:
+            small = size is not None and size <= LARGEST_GRID and size <= (request.trials or size)
+            return "grid" if small else "adaptive"
+        sampling.check_name(request.sampler)
+        if request.sampler == "grid" and size is not None and request.trials is not None and request.trials < size:
+            raise Refused(
+                f"the grid has {size} points and --trials {request.trials} was given: leave --trials out, name fewer"
+                " values, or use --sampler random or adaptive."
+            )
+        return request.sampler
+
+    def _words_of_objectives(self) -> Sequence[str]:
+        if self.request.objectives:
+            return self.request.objectives
+        return ("min:distortion",) if self.request.asha else ("min:distortion", "min:bits_per_row")
+
+    def _check_early_stopping(self) -> None:
+        request = self.request
+        if not request.asha:
+            return
+        if len(self.objectives) > 1:
+            named = " ".join(f"{direction}:{name}" for name, direction in self.objectives)
+            raise Refused(
+                f"--asha stops the trials that are behind on one objective, and {len(self.objectives)} were given"
+                f" ({named}): trials stopped on one would be missing from the front of all. Give one --objective, or"
+                " leave --asha out."
+            )
+        if request.workers > 1:
+            raise Refused(
+                f"--asha with --workers {request.workers}: a trial of several workers is a Ray Train job of its own,"
+                " which Ray Tune cannot stop between two of its steps. Use --workers 1, or leave --asha out."
+            )
+        if request.repeats > 1:
+            raise Refused("--asha with --repeats: repeats stopped at different steps have no spread; leave one out.")
+        if "steps" in self.space.domains:
+            raise Refused("--asha compares trials at equal steps, and `steps` is searched; fix it with --set steps=N.")
+        if not self.rungs:
+            raise Refused(
+                f"--asha needs trials of at least {REDUCTION} steps in their last stage; these have {self.steps[0]}."
+            )
+
+
+def _objective(word: str) -> tuple[str, str]:
+    direction, colon, name = word.partition(":")
+    if direction not in ("min", "max") or not colon or not name:
+        raise Refused(f"--objective {word} says no direction; write min:NAME or max:NAME, e.g. min:distortion.")
+    return name, direction

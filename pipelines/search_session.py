@@ -1,0 +1,119 @@
+"""One session of a search: which trials there are on disk, which are to run next, and what comes in."""
+
+import sys
+from collections import deque
+
+from pipelines import storage, trial_run, trials
+from pipelines.errors import Failed, nearest_names
+from pipelines.search_plan import Plan
+from pipelines.trial_run import Proposal
+from pipelines.trials import Trial
+
+
+class Session:
+    """The trials of a search, from their directories; its state is theirs."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        if plan.request.retry_failed:
+            self._forget_failed()
+        self.records = {trial.number: trial for trial in trials.read_trials(plan.out)}
+        self.proposals = {number: trial_run.read_proposal(plan.out, number) for number in _proposed(plan.out)}
+        self.pending = deque(sorted(self.proposals.keys() - self.records.keys()))
+        self.sampler = plan.new_sampler()
+        self.exhausted = False
+        for index, group in sorted(self._groups().items()):
+            self.sampler.restore(index, group[0].settings)
+        for index in self._groups():
+            self._tell(index)
+
+    def remaining(self) -> int:
+        """Trials that have not ended, among them those not yet proposed."""
+        new = 0 if self.exhausted else max(0, self.plan.total - len(self.proposals))
+        return len(self.proposals) - len(self.records) + new
+
+    def next(self) -> int | None:
+        """The number of a trial to run now; None when there is none left to hand out."""
+        if not self.pending and len(self.proposals) < self.plan.total:
+            self._propose()
+        return self.pending.popleft() if self.pending else None
+
+    def end(self, number: int, error: str | None) -> Trial:
+        """Take in a trial that Tune says has ended: with its own record, or else killed for good, or stopped early."""
+        proposal, home = self.proposals[number], trial_run.home_of(self.plan.out, number)
+        if storage.exists(storage.join(home, trials.RECORD)):
+            trial = Trial.from_json(storage.read_json(storage.join(home, trials.RECORD)))
+        else:
+            out = self.plan.out
+            trial = trial_run.pruned(out, proposal) if error is None else trial_run.failed(out, proposal, error)
+            trials.write(home, trial)
+        self.records[number] = trial
+        self._tell(proposal.index)
+        return trial
+
+    def _propose(self) -> None:
+        """The next point's repeats, written before any of them runs."""
+        repeats, seed = self.plan.request.repeats, self.plan.request.seed
+        # A session killed between two repeats left a point whose others are still to be written.
+        index, done = divmod(len(self.proposals), repeats)
+        point = self.proposals[index * repeats].settings if done else self.sampler.propose(index)
+        if point is None:
+            self.exhausted = True
+            print(f"no new point was found after {index} ({self.plan.sampler}): the search ends there", file=sys.stderr)
+            return
+        for repeat in range(done, repeats):
+            proposal = Proposal(index * repeats + repeat, index, point, repeat, seed + repeat)
+            trial_run.propose(self.plan.out, proposal)
+            self.proposals[proposal.number] = proposal
+            self.pending.append(proposal.number)
+
+    def _groups(self) -> dict[int, list[Proposal]]:
+        groups: dict[int, list[Proposal]] = {}
+        for number in sorted(self.proposals):
+            groups.setdefault(self.proposals[number].index, []).append(self.proposals[number])
+        return groups
+
+    def _tell(self, index: int) -> None:
+        """Tell the sampler of a point once all its repeats have ended: their mean, or that it failed."""
+        repeats = self.plan.request.repeats
+        ended = [self.records.get(number) for number in range(index * repeats, (index + 1) * repeats)]
+        if any(trial is None for trial in ended):
+            return
+        good = [trial for trial in ended if trial is not None and trial.state == "finished"]
+        means = [sum(value_of(trial, name) for trial in good) / len(good) for name, _ in self.plan.objectives if good]
+        self.sampler.tell(index, means or None)
+
+    def _forget_failed(self) -> None:
+        for trial in trials.read_trials(self.plan.out):
+            if trial.state == "failed":
+                home = trial_run.home_of(self.plan.out, trial.number)
+                storage.remove(storage.join(home, "run"))
+                storage.remove(storage.join(home, trials.RECORD))
+
+
+def value_of(trial: Trial, name: str) -> float:
+    """A finished trial's value of an objective: a metric on valid, or its parameters, seconds or steps.
+
+    Raises:
+        Failed: no such metric; the message names the nearest.
+    """
+    values = {**trial.metrics, "seconds": trial.seconds, "steps": trial.steps, "parameters": trial.parameters}
+    found = values.get(name)
+    if found is None:
+        raise Failed(
+            f"trial {trial.number} has no metric {name!r}; {nearest_names(name, values)}."
+            " Run the same command with another --objective; with --sampler adaptive or --asha also another --out."
+        )
+    return float(found)
+
+
+def _proposed(out: str) -> list[int]:
+    home = storage.join(out, "trials")
+    if not storage.exists(home):
+        return []
+    ends = f"/{trial_run.PROPOSAL}"
+    return [
+        int(e.name.removesuffix(ends))
+        for e in storage.list_files(home)
+        if e.name.endswith(ends) and e.name.count("/") == 1
+    ]
