@@ -110,20 +110,32 @@ class _Proposals(Searcher):
 
 
 class _Ended(tune.Callback):
-    """Passes every end that Tune sees on to the session and the log."""
+    """Passes every end that Tune sees on to the session and the log.
+
+    What that raises is kept until the step ends: Tune would take it for a failure of the trial, and go on.
+    """
 
     def __init__(self, session: Session, log: SearchLog):
         self.session, self.log = session, log
+        self.fault: Exception | None = None
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self.fault is not None:
+            raise self.fault
         self.log.check()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.log.end(self.session.end(trial.config["number"], None))
+        self._end(trial.config["number"], None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         error = trial.get_error()
-        self.log.end(self.session.end(trial.config["number"], str(error) if error else "its process died"))
+        self._end(trial.config["number"], str(error) if error else "its process died")
+
+    def _end(self, number: int, error: str | None) -> None:
+        try:
+            self.log.end(self.session.end(number, error))
+        except Exception as fault:
+            self.fault = fault
 
 
 def _schedule(session: Session, slots: int, run: tracking.Run) -> None:
