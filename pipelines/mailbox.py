@@ -53,10 +53,11 @@ class Outbox:
         if time.monotonic() - self.sent > self.every:
             self.flush()
 
-    def flush(self) -> None:
+    def flush(self) -> Any:
+        """Send what waits; `ray.get` of what this returns waits until it is there."""
         events, self.waiting = self.waiting, []
         self.sent = time.monotonic()
-        self.mailbox.put.remote(events)
+        return self.mailbox.put.remote(events)
 
 
 class Listener:

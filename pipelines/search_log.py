@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -62,6 +63,9 @@ class SearchLog:
         self.ended: list[Trial] = []
         self.before = 0
         """Trials that had ended before this session."""
+        self.began = time.monotonic()
+        self.spent: list[float] = []
+        """Seconds in the training loop of each trial that ended in this session, as far as they were spent in it."""
         self.error: Exception | None = None
         self.lock = threading.Lock()
         self.done = threading.Event()
@@ -82,6 +86,17 @@ class SearchLog:
             self.live.stop()
         if kind is None:
             self.check()
+
+    def sum_up(self, slots: int) -> None:
+        """Say what the search cost beside training: starting processes, reading, scoring, writing, waiting."""
+        if not self.spent:
+            return
+        wall, trained = time.monotonic() - self.began, sum(self.spent)
+        bare, count = trained / len(self.spent), len(self.spent)
+        other = max(0.0, wall * slots - trained) / count
+        self._say(
+            f"{count} trials in {wall:.0f} s, {slots} at a time: {bare:.1f} s of training each, {other:.1f} s of all else"
+        )
 
     def check(self) -> None:
         """Raises Failed where what trials did could not be kept."""
@@ -132,16 +147,21 @@ class SearchLog:
         ended = self.before + len(states) - states.count("running")
         bad = f", {states.count('failed')} failed" if "failed" in states else ""
         early = f", {states.count('pruned')} stopped early" if "pruned" in states else ""
-        return f"{ended} of {self.total} trials have ended{bad}{early}"
+        left = ""
+        if self.spent and ended < self.total:
+            seconds = (time.monotonic() - self.began) / len(self.spent) * (self.total - ended)
+            left = f", about {timedelta(seconds=round(seconds))} left"
+        return f"{ended} of {self.total} trials have ended{bad}{early}{left}"
 
     def _listen(self) -> None:
         while True:
             finished = self.done.wait(self.every)
             try:
-                for event in self.take():
-                    self._hear(event)
+                # Ends first, then events: what a trial told before it ended is then heard before it is closed.
                 with self.lock:
                     ended, self.ended = self.ended, []
+                for event in self.take():
+                    self._hear(event)
                 for trial in ended:
                     self._close(trial)
                 if self.live is not None:
@@ -160,15 +180,20 @@ class SearchLog:
                 proposal = read_proposal(self.out, number)
                 self.rows[number] = Row(proposal.settings, proposal.repeat)
                 self._run_of(number)
-            case "progress" if number in self.rows:
+            case "progress" if self._runs(number):
                 self.rows[number].step = event["run_step"]
-            case "metrics":
+            case "metrics" if self._runs(number):
                 self._run_of(number).log_metrics([(event["run_step"], event["metrics"])])
             case "log" if event["text"].startswith("resuming"):
                 self._say(f"trial {number}: {event['text']}")
 
+    def _runs(self, number: int) -> bool:
+        """False for what a killed process had told before it died, and is heard after the trial was closed."""
+        return number in self.rows and self.rows[number].state == "running"
+
     def _close(self, trial: Trial) -> None:
         row = self.rows.setdefault(trial.number, Row(trial.settings, trial.repeat))
+        self.spent.append(min(trial.seconds, time.monotonic() - row.began))
         row.state, row.step, row.seconds = trial.state, trial.steps, trial.seconds
         row.metrics = trial.metrics
         self.keep(trial)

@@ -160,6 +160,7 @@ def _schedule(session: Session, slots: int, run: tracking.Run) -> None:
         columns=[name for name, _ in plan.objectives],
     )
     log.before = len(session.records)
+    ended = _Ended(session, log)
     for trial in session.records.values():
         log.keep(trial)
     storage.remove(storage.join(plan.out, "ray"))
@@ -177,11 +178,14 @@ def _schedule(session: Session, slots: int, run: tracking.Run) -> None:
             storage_path=storage.join(plan.out, "ray"),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=request.restarts),
-            callbacks=[_Ended(session, log)],
+            callbacks=[ended],
         ),
     )
     with log:
         tuner.fit()
+    if ended.fault is not None:
+        raise ended.fault
+    log.sum_up(slots)
     if missing := session.remaining():
         raise Failed(f"{missing} trials have not ended; run the same command again to go on with them.")
 
@@ -204,7 +208,8 @@ def _trial(config: dict[str, Any], *, out: str, common: dict[str, Any], mailbox:
 
     body = on_workers if shared.workers > 1 else trial_run.train_here
     ended = trial_run.run_trial(out, shared, proposal, body, outbox.tell, rung)
-    outbox.flush()
+    # Waited for: the driver must not hear of the end before it hears of what came before.
+    ray.get(outbox.flush())
     tune.report({STEP: ended.steps, **ended.metrics})
 
 

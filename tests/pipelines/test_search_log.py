@@ -95,10 +95,12 @@ def test_the_table_shows_settings_states_and_objectives(tmp_path, parent):
         log._hear({"kind": "begin", "trial": number})
     log._hear({"kind": "progress", "trial": 1, "run_step": 1200})
     log._close(ended(tmp_path, 0))
+    log._hear({"kind": "metrics", "trial": 0, "run_step": 12, "metrics": {"late": 1.0}})
+    assert run_of(tmp_path, 0).info.status == "FINISHED"
     drawn = io.StringIO()
     Console(file=drawn, width=100).print(log.table())
     lines = drawn.getvalue().splitlines()
-    assert lines[0].strip() == "1 of 3 trials have ended"
+    assert lines[0].strip().startswith("1 of 3 trials have ended, about 0:00:")
     assert lines[1].split() == ["trial", "num_codes", "state", "step", "distortion", "seconds"]
     assert lines[2].split() == ["0", "4", "finished", "12", "0.25", "2"]
     assert lines[3].split()[:5] == ["1", "5", "running", "1,200", "-"]
