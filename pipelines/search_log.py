@@ -95,7 +95,7 @@ class SearchLog:
         bare, count = trained / len(self.spent), len(self.spent)
         other = max(0.0, wall * slots - trained) / count
         self._say(
-            f"{count} trials in {wall:.0f} s, {slots} at a time: {bare:.1f} s of training each, {other:.1f} s of all else"
+            f"{count} trials in {wall:.0f} s, {slots} at a time: {bare:.1f} s of training each and {other:.1f} s else"
         )
 
     def check(self) -> None:
