@@ -74,12 +74,14 @@ class Checkpoints:
             raise Failed(f"the checkpoint {home} is damaged: state.safetensors does not have the digest in state.json.")
         return Checkpoint(stage, step, safetensors.torch.load(data), record["state"])
 
-    def seconds(self) -> float:
-        """Time spent in the training loop up to the newest checkpoint; 0 without one."""
-        for stage, step in reversed(self.complete()):
-            home = storage.join(self.uri, f"{stage:03d}-{step:012d}")
-            return float(storage.read_json(storage.join(home, "state.json"))["state"]["totals"].get("seconds", 0.0))
-        return 0.0
+    def totals(self) -> dict[str, Any]:
+        """The run's totals as the newest checkpoint has them, without reading its tensors; nothing without one."""
+        complete = self.complete()
+        if not complete:
+            return {}
+        home = storage.join(self.uri, f"{complete[-1][0]:03d}-{complete[-1][1]:012d}")
+        found: dict[str, Any] = storage.read_json(storage.join(home, "state.json"))["state"]["totals"]
+        return found
 
     def newest(self, warn: Callable[[str], None]) -> tuple[int, int] | None:
         """(stage, step) of the newest checkpoint whose bytes are whole; older ones are tried when one is damaged."""

@@ -7,7 +7,7 @@ from pipelines import storage
 from pipelines.errors import Refused
 from pipelines.options import differences
 
-NAMES = ("ingest.json", "run.json", "request.json")
+NAMES = ("ingest.json", "run.json", "request.json", "search.json")
 
 
 def claim(out: str, name: str, request: Mapping[str, Any], what: str) -> None:

@@ -12,6 +12,7 @@ from pipelines import trained
 from pipelines.errors import Refused
 from pipelines.feed import columns_of, read_columns, to_batch
 from pipelines.options import validated
+from pipelines.plan import lanes_for
 from pipelines.recipe import Recipe, Settings
 from pipelines.shards import ShardReader
 from pipelines.space import Point, Space
@@ -35,6 +36,8 @@ class Feasibility:
     """Numbers in all codebooks together (levels x K x D) that every trial has."""
     bits: float | None = None
     """Bits a row that every trial has."""
+    workers: int = 1
+    """Of each trial: its batches must be shared by as many."""
     _vectors: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,6 +84,7 @@ class Feasibility:
                     f" {self.follows}={self.space.given[self.follows]} leaves it out"
                 )
         settings = self._resolved(point)
+        lanes_for(settings.batch_size, self.workers)
         books = self.found.codebooks(settings)
         if self.capacity is not None and (held := sum(k * d for k, d in books)) != self.capacity:
             raise Refused(f"its codebooks hold {held:,} numbers, not {self.capacity:,}")

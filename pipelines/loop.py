@@ -139,6 +139,7 @@ def _run_stage(
             say({"kind": "metrics", "stage": stage.name, "run_step": before + done, "metrics": seen})
         say({"kind": "progress", "stage": stage.name, "step": done, "steps": stage.steps, "run_step": before + done})
         if saving:
+            totals.steps = before + done
             totals.seconds, began = totals.seconds + time.perf_counter() - began, time.perf_counter()
         if saving and resolve(None).rank == 0:
             tensors, plain = checkpoint.pack(trainee.model, trainee.optimisers)

@@ -78,7 +78,9 @@ class Plan:
             )
         self.space: Space = parse_space(request.words, self.found.Settings, self.found.space, what)
         base = {**self.found.presets[self.preset], **self.space.fixed}
-        self.feasibility = Feasibility(self.found, self.space, base, self.reader, request.capacity, request.bits)
+        self.feasibility = Feasibility(
+            self.found, self.space, base, self.reader, request.capacity, request.bits, request.workers
+        )
         self.sampler = self._sampler()
         self.objectives = [_objective(word) for word in self._words_of_objectives()]
 

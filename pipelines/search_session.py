@@ -34,9 +34,17 @@ class Session:
 
     def next(self) -> int | None:
         """The number of a trial to run now; None when there is none left to hand out."""
-        if not self.pending and len(self.proposals) < self.plan.total:
-            self._propose()
+        self._look_ahead()
         return self.pending.popleft() if self.pending else None
+
+    def done(self) -> bool:
+        """Whether every trial has ended, and the sampler has no other."""
+        self._look_ahead()
+        return not self.remaining()
+
+    def _look_ahead(self) -> None:
+        if not self.pending and not self.exhausted and len(self.proposals) < self.plan.total:
+            self._propose()
 
     def end(self, number: int, error: str | None) -> Trial:
         """Take in a trial that Tune says has ended: with its own record, or else killed for good, or stopped early."""

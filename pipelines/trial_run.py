@@ -122,14 +122,14 @@ def train_here(request: Request, prepared: Prepared, tell: Callable[[Event], Non
 
 def failed(out: str, proposal: Proposal, error: str) -> Trial:
     """The record of a trial that ended without a bundle."""
-    return _record(out, proposal, "failed", {}, steps=_steps_made(out, proposal), error=error)
+    return _record(out, proposal, "failed", {}, error=error)
 
 
 def pruned(out: str, proposal: Proposal) -> Trial:
     """The record of a trial that was stopped early: its metrics are those of its last rung."""
     rungs = read_rungs(home_of(out, proposal.number))
     step = max(rungs, default=0)
-    return _record(out, proposal, "pruned", rungs.get(step, {}), steps=step)
+    return _record(out, proposal, "pruned", rungs.get(step, {}))
 
 
 def read_rungs(home: str) -> dict[int, dict[str, float]]:
@@ -144,12 +144,12 @@ def _record(
     state: Literal["finished", "failed", "pruned"],
     metrics: dict[str, float],
     *,
-    steps: int,
     bundle_digest: str | None = None,
     error: str | None = None,
     parameters: int | None = None,
 ) -> Trial:
     run = storage.join(home_of(out, proposal.number), "run")
+    totals = Checkpoints(run).totals()
     return Trial(
         number=proposal.number,
         settings=proposal.settings,
@@ -159,8 +159,8 @@ def _record(
         metrics=metrics,
         bits_per_row=metrics.get("bits_per_row"),
         parameters=parameters,
-        seconds=Checkpoints(run).seconds(),
-        steps=steps,
+        seconds=totals.get("seconds", 0.0),
+        steps=totals.get("steps", 0),
         out=run,
         bundle_digest=bundle_digest,
         error=error,
@@ -171,10 +171,7 @@ def _finished(out: str, proposal: Proposal, prepared: Prepared) -> Trial:
     spec = prepared.spec
     model = trained.open_trained(registry.local_bundle(spec.out))
     metrics = score(model, ShardReader(spec.shards))
-    steps = sum(stage.steps for stage in model.recipe.stages(model.settings))
-    return _record(
-        out, proposal, "finished", metrics, steps=steps, bundle_digest=model.digest, parameters=_parameters(model)
-    )
+    return _record(out, proposal, "finished", metrics, bundle_digest=model.digest, parameters=_parameters(model))
 
 
 def score(model: Trained, reader: ShardReader) -> dict[str, float]:
@@ -202,11 +199,6 @@ def _parameters(model: Trained) -> int:
         if name.rsplit(".", 1)[-1] == "vectors"
     }
     return weights + sum(averaged.values())
-
-
-def _steps_made(out: str, proposal: Proposal) -> int:
-    complete = Checkpoints(storage.join(home_of(out, proposal.number), "run")).complete()
-    return complete[-1][1] if complete else 0
 
 
 def _with_rungs(

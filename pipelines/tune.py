@@ -58,7 +58,7 @@ def search(request: Search) -> Searched:
     plan.check()
     claim(plan.out, SEARCH_FILE, plan.about, "a search")
     session = Session(plan)
-    if not session.remaining():
+    if session.done():
         return _searched(session, skipped=True, run_id=_recorded_run(plan.out))
     cluster.connect()
     cluster.require_shared(plan.out, request.shards)

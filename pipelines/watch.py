@@ -19,6 +19,8 @@ class Totals:
     skipped_steps: int = 0
     """Steps without an optimiser step, because a gradient was not finite."""
     non_finite_rows: int = 0
+    steps: int = 0
+    """Made up to the newest checkpoint, over all stages."""
     seconds: float = 0.0
     """Spent in the loop up to the newest checkpoint, over all sessions of a run that was resumed."""
     latest: dict[str, float | None] = field(default_factory=dict)

@@ -81,6 +81,8 @@ def test_more_codes_than_vectors_are_refused_with_both_numbers(reader):
 def test_an_impossible_space_says_why(reader):
     with pytest.raises(Refused, match=r"no point of the search space can be trained: patches of 3 x 3 do not tile"):
         grid_points(feasible(reader, "plain_vq", "patch=choice:3,5", "num_codes=4"))
+    with pytest.raises(Refused, match=r"batch of 4 rows cannot be shared by 8 workers"):
+        grid_points(feasible(reader, "plain_vq", "num_codes=choice:4,8", "batch_size=4", workers=8))
     with pytest.raises(Refused, match=r"7 numbers cannot be shared by code_dim 2; choose a divisor"):
         grid_points(feasible(reader, "rotation_trick", "code_dim=2..4", capacity=7))
 

@@ -214,8 +214,10 @@ def test_more_trials_extend_a_search(shards, tmp_path):
 def test_a_space_that_is_used_up_ends_the_search(shards, tmp_path, capsys):
     session = opened(asked(shards, tmp_path / "s", "num_codes=4..6", sampler="random", trials=20))
     assert {trial.settings["num_codes"] for trial in run_all(session).values()} == {4, 5, 6}
-    assert session.remaining() == 0
+    assert session.done()
     assert "no new point was found after 3 (random): the search ends there" in capsys.readouterr().err
+    again = opened(asked(shards, tmp_path / "s", "num_codes=4..6", sampler="random", trials=20))
+    assert again.done()
 
 
 def test_early_stopping_scores_rungs_on_valid_and_a_resumed_trial_tells_them_again(shards, tmp_path):
