@@ -94,7 +94,7 @@ class SearchLog:
         wall, trained = time.monotonic() - self.began, sum(self.spent)
         bare, count = trained / len(self.spent), len(self.spent)
         other = max(0.0, wall * slots - trained) / count
-        self._say(
+        self.say(
             f"{count} trials in {wall:.0f} s, {slots} at a time: {bare:.1f} s of training each and {other:.1f} s else"
         )
 
@@ -185,7 +185,7 @@ class SearchLog:
             case "metrics" if self._runs(number):
                 self._run_of(number).log_metrics([(event["run_step"], event["metrics"])])
             case "log" if event["text"].startswith("resuming"):
-                self._say(f"trial {number}: {event['text']}")
+                self.say(f"trial {number}: {event['text']}")
 
     def _runs(self, number: int) -> bool:
         """False for what a killed process had told before it died, and is heard after the trial was closed."""
@@ -202,7 +202,7 @@ class SearchLog:
         settings = " ".join(f"{key}={shown(value)}" for key, value in trial.settings.items())
         why = f": {trial.error.strip().splitlines()[-1]}" if trial.error else ""
         if self.live is None or why:
-            self._say(f"trial {trial.number} {trial.state} ({settings}) {numbers}{why} [{self.headline()}]")
+            self.say(f"trial {trial.number} {trial.state} ({settings}) {numbers}{why} [{self.headline()}]")
 
     def _run_of(self, number: int) -> tracking.Run:
         """The trial's MLflow run, opened again where an earlier session began it."""
@@ -216,7 +216,8 @@ class SearchLog:
             storage.write_json_atomic(uri, {"run_id": self.runs[number].id})
         return self.runs[number]
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """One line for people, above the table where there is one."""
         if self.live is not None:
             self.live.console.print(text, highlight=False, markup=False)
         else:

@@ -20,6 +20,9 @@ class Session:
         self.records = {trial.number: trial for trial in trials.read_trials(plan.out)}
         self.proposals = {number: trial_run.read_proposal(plan.out, number) for number in _proposed(plan.out)}
         self.pending = deque(sorted(self.proposals.keys() - self.records.keys()))
+        self.running: set[int] = set()
+        self.deaths: dict[int, int] = {}
+        """Number -> how often its process has died in this session."""
         self.sampler = plan.new_sampler()
         self.exhausted = False
         for index, group in sorted(self._groups().items()):
@@ -35,7 +38,11 @@ class Session:
     def next(self) -> int | None:
         """The number of a trial to run now; None when there is none left to hand out."""
         self._look_ahead()
-        return self.pending.popleft() if self.pending else None
+        if not self.pending:
+            return None
+        number = self.pending.popleft()
+        self.running.add(number)
+        return number
 
     def done(self) -> bool:
         """Whether every trial has ended, and the sampler has no other."""
@@ -46,14 +53,24 @@ class Session:
         if not self.pending and not self.exhausted and len(self.proposals) < self.plan.total:
             self._propose()
 
-    def end(self, number: int, error: str | None) -> Trial:
-        """Take in a trial that Tune says has ended: with its own record, or else killed for good, or stopped early."""
-        proposal, home = self.proposals[number], trial_run.home_of(self.plan.out, number)
+    def end(self, number: int, error: str | None) -> Trial | None:
+        """Take in a trial that no longer runs: by its own record, or else stopped early (no error), or dead.
+
+        A dead one is put back to run next, as often as the request allows; then, and only then, None is returned.
+        """
+        self.running.discard(number)
+        out, proposal, home = self.plan.out, self.proposals[number], trial_run.home_of(self.plan.out, number)
         if storage.exists(storage.join(home, trials.RECORD)):
             trial = Trial.from_json(storage.read_json(storage.join(home, trials.RECORD)))
+        elif error is None:
+            trial = trial_run.pruned(out, proposal)
+            trials.write(home, trial)
         else:
-            out = self.plan.out
-            trial = trial_run.pruned(out, proposal) if error is None else trial_run.failed(out, proposal, error)
+            self.deaths[number] = self.deaths.get(number, 0) + 1
+            if self.deaths[number] <= self.plan.request.restarts:
+                self.pending.appendleft(number)
+                return None
+            trial = trial_run.failed(out, proposal, f"{error} (tried {self.deaths[number]} times)")
             trials.write(home, trial)
         self.records[number] = trial
         self._tell(proposal.index)

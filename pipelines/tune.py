@@ -6,6 +6,7 @@ then new ones from the sampler; nothing of Tune's own state is kept. A sampler's
 are read from the same files.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -95,12 +96,19 @@ class _Proposals(Searcher):
         super().__init__()
         self.session = session
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         number = self.session.next()
-        return Searcher.FINISHED if number is None else {"number": number}
+        if number is not None:
+            return {"number": number}
+        # What runs may die and come back, and FINISHED is for good: None asks Tune to look again later.
+        return None if self.session.running else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune keeps a copy of what it is given, for a restart that is never asked of it.
+        return {}
 
     def save(self, checkpoint_path: str) -> None:
         return None
@@ -119,6 +127,9 @@ class _Ended(tune.Callback):
         self.session, self.log = session, log
         self.fault: Exception | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self.fault is not None:
             raise self.fault
@@ -133,7 +144,13 @@ class _Ended(tune.Callback):
 
     def _end(self, number: int, error: str | None) -> None:
         try:
-            self.log.end(self.session.end(number, error))
+            trial = self.session.end(number, error)
+            if trial is not None:
+                self.log.end(trial)
+            else:
+                deaths = self.session.deaths[number]
+                again = f"({deaths} of {self.session.plan.request.restarts} times)"
+                self.log.say(f"trial {number}: its process died; it goes on from its newest checkpoint {again}")
         except Exception as fault:
             self.fault = fault
 
@@ -169,7 +186,7 @@ def _schedule(session: Session, slots: int, run: tracking.Run) -> None:
         tune_config=tune.TuneConfig(
             search_alg=_Proposals(session),
             scheduler=_early_stopper(plan, session.records),
-            num_samples=session.remaining(),
+            num_samples=session.remaining() * (1 + request.restarts),
             max_concurrent_trials=slots,
             reuse_actors=True,
         ),
@@ -177,7 +194,6 @@ def _schedule(session: Session, slots: int, run: tracking.Run) -> None:
             name="tune",
             storage_path=storage.join(plan.out, "ray"),
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=request.restarts),
             callbacks=[ended],
         ),
     )
@@ -260,9 +276,14 @@ def _slots(request: Search, remaining: int) -> int:
 
 
 def _quiet_tune() -> None:
-    """Tune reads these when it starts. Its loggers would write files nobody reads; Ctrl-C is ours, and ends at once."""
+    """Tune reads these when it starts. Its loggers would write files nobody reads, and its reports tear our table
+    apart; Ctrl-C is ours, and ends at once.
+    """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # It misses those loggers' files at the end.
+    logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)
 
 
 def _recorded_run(out: str) -> str | None:

@@ -17,10 +17,11 @@ from pipelines import tracking, trials
 from pipelines.search_plan import Search
 from pipelines.tune import search
 from tests.pipelines.loops import make_shards
-from tests.pipelines.test_search_session import asked, essence, opened, run_all
+from tests.pipelines.test_search_session import essence, opened, run_all
 
 NAME = "plain_vq"
 GRID = ("num_codes=choice:4,5,6,7,8,9", "patch=choice:2,4", "decay=choice:0.8,0.95")
+STEPS = 100
 RAISES = 5
 
 
@@ -29,14 +30,17 @@ def shards(tmp_path_factory) -> str:
     return make_shards(tmp_path_factory.mktemp("shards"), rows=90)
 
 
+def words_of() -> list[str]:
+    return [*GRID, "batch_size=8", f"steps={STEPS}"]
+
+
 class Driver:
     """`vqray tune` in a process of its own, with a Ray of its own."""
 
     def __init__(self, shards: str, out: Path, *more: str):
-        words = [*GRID, "batch_size=8", "steps=12"]
         command = [
             sys.executable, "-m", "jobs.cli", "tune", "--recipe", NAME, "--shards", shards, "--out", str(out),
-            "--preset", "small", "--checkpoint-every", "4", "--set", *words, *more,
+            "--preset", "small", "--checkpoint-every", "20", "--set", *words_of(), *more,
         ]  # fmt: skip
         environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{out.parent / 'vqray.db'}"}
         self.out = out
@@ -60,13 +64,19 @@ class Driver:
         while time.monotonic() < until:
             for process in self.family():
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if "ray::_trial" in " ".join(process.cmdline()):
+                    if "ray::ImplicitFunc" in " ".join(process.cmdline()):
                         process.kill()
                         return
             time.sleep(0.01)
         raise AssertionError("no trial's process was seen")
 
-    def kill(self) -> None:
+    def __enter__(self) -> "Driver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Kill the driver and all that belongs to it, as a lost machine would."""
+        if self.process.poll() is not None:
+            return
         family = self.family()
         self.process.kill()
         self.process.communicate()
@@ -76,32 +86,31 @@ class Driver:
         psutil.wait_procs(family, timeout=30)
 
 
+@pytest.mark.slow
 def test_a_grid_of_24_survives_two_killed_drivers_a_killed_worker_and_a_trial_that_raises(shards, tmp_path):
     """More trials at a time are asked for than there are CPUs, too."""
-    words = (*GRID,)
-    calm = run_all(opened(asked(shards, tmp_path / "calm", *words)))
+    request = Search(NAME, shards, str(tmp_path / "calm"), preset="small", words=words_of(), checkpoint_every=20)
+    calm = run_all(opened(request))
     assert len(calm) == 24
     out = tmp_path / "search"
     stray = out / f"trials/{RAISES:05d}/run/stray.txt"
 
-    first = Driver(shards, out, "--concurrent", "8")
-    while not (out / "search.json").exists():
-        assert first.process.poll() is None, first.process.communicate()[1]
-        time.sleep(0.02)
-    stray.parent.mkdir(parents=True)
-    stray.write_text("not a run")
-    first.wait_for(3)
-    first.kill()
+    with Driver(shards, out, "--concurrent", "8") as first:
+        while not (out / "search.json").exists():
+            assert first.process.poll() is None, first.process.communicate()[1]
+            time.sleep(0.02)
+        stray.parent.mkdir(parents=True)
+        stray.write_text("not a run")
+        first.wait_for(3)
+    with Driver(shards, out, "--concurrent", "8") as second:
+        second.wait_for(6)
+        second.kill_worker()
+        second.wait_for(12)
+    assert not (out / "trials/00023/trial.json").exists(), "the second driver was done before it was killed"
 
-    second = Driver(shards, out, "--concurrent", "8")
-    second.wait_for(6)
-    second.kill_worker()
-    second.wait_for(12)
-    second.kill()
-
-    third = Driver(shards, out, "--concurrent", "8")
-    said, told = third.process.communicate()
-    assert third.process.returncode == 0, told
+    with Driver(shards, out, "--concurrent", "8") as third:
+        said, told = third.process.communicate(timeout=400)
+        assert third.process.returncode == 0, told
     result = json.loads(said.splitlines()[-1])
     assert result["trials"] == {"finished": 23, "failed": 1}
     ended = {trial.number: trial for trial in trials.read_trials(str(out))}
@@ -113,9 +122,10 @@ def test_a_grid_of_24_survives_two_killed_drivers_a_killed_worker_and_a_trial_th
         assert f"8 trials at a time were asked for; this cluster of {os.cpu_count()} CPUs holds" in told
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_instance")
 def test_trials_of_several_workers_are_train_jobs_that_do_not_starve_each_other(shards, tmp_path):
-    """Four trials of two workers on four CPUs, all asked for at once."""
+    """Three trials of two workers, all asked for at once, on four CPUs."""
     request = Search(
         NAME, shards, str(tmp_path / "s"), preset="small", words=("num_codes=choice:4,6,8", "patch=2", "batch_size=8",
         "steps=6"), workers=2, concurrent=8, checkpoint_every=4,

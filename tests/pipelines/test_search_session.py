@@ -138,14 +138,22 @@ def test_a_trial_that_raises_is_recorded_with_its_traceback_and_stays_failed_unt
     assert run_all(retried)[2].state == "finished"
 
 
-def test_a_process_that_dies_for_good_is_a_failed_trial(shards, tmp_path):
-    session = opened(asked(shards, tmp_path / "search"))
-    number = session.next()
+def test_a_process_that_dies_is_tried_again_and_at_last_a_failed_trial(shards, tmp_path):
+    session = opened(asked(shards, tmp_path / "search", restarts=2))
+    first, other = session.next(), session.next()
+    for deadly in (2, 6):
+        with pytest.raises(Killed):
+            run_one(session, first, deadly)
+        assert session.end(first, "the actor died") is None
+        assert session.remaining() == 12
+        assert session.next() == first, "what died runs next"
     with pytest.raises(Killed):
-        run_one(session, number, deadly_step=6)
-    trial = session.end(number, "the actor died unexpectedly")
-    assert (trial.state, trial.error, trial.steps) == ("failed", "the actor died unexpectedly", 4)
+        run_one(session, first, deadly_step=7)
+    trial = session.end(first, "the actor died")
+    assert (trial.state, trial.error, trial.steps) == ("failed", "the actor died (tried 3 times)", 4)
     assert trials.read_trials(session.plan.out) == [trial]
+    assert session.running == {other}
+    assert session.next() not in (first, other)
 
 
 def test_a_fault_of_the_disk_is_left_to_another_try(shards, tmp_path):
