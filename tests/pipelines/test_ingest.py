@@ -1,11 +1,5 @@
 """Ingest: every unit is accounted for, any interruption ends in the same digest, nothing else shares an --out."""
 
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
 
 import numpy as np
@@ -121,43 +115,6 @@ def test_an_interrupted_ingest_redoes_only_what_is_missing(source: Path, tmp_pat
     ShardReader(str(out)).take("all", np.arange(first.rows))
 
 
-def test_a_killed_driver_is_resumed_to_the_same_digest(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "diary").mkdir()
-    script = """
-        import sys, ray
-        from pipelines import corpora, ingest
-        from tests.pipelines.tiny_corpus import TinySettings, corpus
-        corpora.load = lambda kind: corpus
-        ingest.LEAST_PART_BYTES = 1
-        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
-        settings = TinySettings(diary=sys.argv[3], pause=float(sys.argv[4]))
-        ingest.ingest("tiny", [sys.argv[1]], sys.argv[2], settings=settings)
-    """
-    settings = TinySettings(diary=str(tmp_path / "diary"), pause=0.3)
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", textwrap.dedent(script), str(source), str(out), settings.diary, "0.3"]
-    root = str(Path(__file__).parents[2])
-    with open(tmp_path / "log", "wb") as log:
-        driver = subprocess.Popen(command, cwd=root, stdout=log, stderr=log, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while len(list((out / "parts").glob("part-*.json"))) < 2:
-        assert driver.poll() is None, (tmp_path / "log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    assert not (out / "manifest.json").exists()
-    started = len(list((tmp_path / "diary").iterdir()))
-    time.sleep(1)  # Ray's processes die with their driver; what they were writing stays half done.
-    done = set((out / "parts").glob("part-*.json"))
-    assert 2 <= len(done) < FILES
-    started = max(started, len(list((tmp_path / "diary").iterdir())))
-    resumed = run(source, out, settings)
-    assert len(list((tmp_path / "diary").iterdir())) - started == FILES - len(done)
-    clean = run(source, tmp_path / "clean", settings)
-    assert (resumed.digest, resumed.rows) == (clean.digest, FILES * LINES)
-
-
 def test_bad_units_are_quarantined_and_all_units_are_accounted_for(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -173,10 +130,31 @@ def test_bad_units_are_quarantined_and_all_units_are_accounted_for(
     assert "column 'vector'" in found[2][2]
     units = load_manifest(str(tmp_path / "out")).units
     assert (units.read, units.kept, units.quarantined) == (304, 300, 3)
-    log = capsys.readouterr().err
-    assert f"3 units are quarantined in {tmp_path}/out/quarantine.arrow" in log
-    assert "1 x 1 words instead of 2" in log
-    assert "304 units: 300 rows" in log
+    log = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("303 units in 6 files (") for line in log)
+    (start,) = [n for n, line in enumerate(log) if line.startswith("304 units: 300 rows (train ")]
+    assert log[start].endswith("), 3 quarantined, 1 left out")
+    assert log[start + 1] == "quarantined, the reasons, each with a unit of its kind:"
+    assert log[start + 2].split() == ["1", "x", "1", "words", "instead", "of", "2", "a/0.txt"]
+    assert log[start + 3].split() == ["1", "x", "3", "words", "instead", "of", "2", "a/0.txt"]
+    assert log[start + 5] == f"all of them are in {tmp_path}/out/quarantine.arrow (source, unit, reason)"
+    assert log[start + 6] == "left out: 1 x other files"
+    assert log[start + 7].startswith(f"in {tmp_path}/out: 6 shards, ")
+    assert len(log) == start + 8
+    run(source, tmp_path / "out", settings)
+    assert capsys.readouterr().err.splitlines() == log[start:]
+
+
+def test_of_many_reasons_the_three_commonest_are_told(source: Path, tmp_path: Path, capsys) -> None:
+    with (source / "a/0.txt").open("a") as file:
+        file.write("".join("\n" + "word " * (3 + n) for n in range(5) for _ in range(5 - n)))
+    run(source, tmp_path / "out")
+    log = capsys.readouterr().err.splitlines()
+    (start,) = [n for n, line in enumerate(log) if line.startswith("quarantined, the commonest of 5 reasons")]
+    assert [line.split()[:3] for line in log[start + 1 : start + 4]] == [
+        [f"{5 - n}", "x", f"{3 + n}"] for n in range(3)
+    ]
+    assert log[start + 4].startswith("all of them are in ")
 
 
 def test_named_settings_filter_and_are_counted(source: Path, tmp_path: Path) -> None:
