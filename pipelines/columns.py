@@ -118,7 +118,7 @@ def values_of(batch: pa.RecordBatch) -> dict[str, Any]:
 
     Arrays are made without a copy, but for booleans. bfloat16 comes as its bits (`bfloat16_of`).
     """
-    return {name: _values(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    return {name: plain(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
 
 
 def padded(
@@ -162,7 +162,8 @@ def batch_from(tensors: Mapping[str, torch.Tensor], lengths: Mapping[str, torch.
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
 
 
-def _values(column: pa.Array) -> Any:
+def plain(column: pa.Array) -> Any:
+    """One column as `values_of` gives it."""
     kind = column.type
     if isinstance(kind, pa.FixedShapeTensorType):
         return to_tensor(column).numpy()

@@ -20,7 +20,7 @@ from pipelines.ingest import IngestResult
 from tests.pipelines import tiny_corpus
 from tests.pipelines.tiny_corpus import TinySettings
 
-FILES, LINES, PAUSE = 6, 40, 0.4
+FILES, LINES, PAUSE = 6, 40, 0.25
 ROOT = Path(__file__).parents[2]
 DRIVER = """
     import sys, ray

@@ -115,7 +115,7 @@ def test_listing_is_sorted_relative_and_survives_odd_names_and_link_loops(tmp_pa
 
 
 def test_folders_deeper_than_python_may_call_are_listed(tmp_path: Path) -> None:
-    depth = 1900  # A path has at most 4,096 bytes; what lies deeper no system call takes by name.
+    depth = 1200  # A path has at most 4,096 bytes; what lies deeper no system call takes by name.
     handle = os.open(tmp_path, os.O_RDONLY)
     for _ in range(depth):
         os.mkdir("d", dir_fd=handle)
