@@ -1,13 +1,18 @@
 """Ingest: every unit is accounted for, any interruption ends in the same digest, nothing else shares an --out."""
 
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+import ray
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pipelines import corpora, ingest, storage
+from pipelines import cluster, corpora, ingest, storage
 from pipelines.columns import to_tensor
 from pipelines.corpora import SideTable
 from pipelines.errors import Failed, Refused
@@ -259,6 +264,51 @@ def test_a_model_is_loaded_once_an_actor_and_a_killed_one_is_replaced(source: Pa
     assert np.array_equal(to_tensor(taken.column("vector"))[:, 0, 0].numpy(), np.tile(2 * np.arange(LINES), FILES))
     assert {text.split()[1] for text in taken.column("text").to_pylist()} == {"1"}
     assert run(source, tmp_path / "again", settings, kind="modelled").digest == done.digest
+
+
+def test_a_model_waits_for_a_cpu_aloud_and_not_for_ever(source: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    @ray.remote(num_cpus=4)
+    class Hog:
+        def ready(self) -> bool:
+            return True
+
+    hog = Hog.remote()
+    ray.get(hog.ready.remote())
+    monkeypatch.setattr(cluster, "require_free_cpu", partial(cluster.require_free_cpu, patience=0.5))
+    try:
+        for kind in ("modelled", "tiny"):
+            with pytest.raises(Failed, match=r"no CPU became free within 0\.5 s; the cluster has 4"):
+                run(source, tmp_path / kind, kind=kind)
+            assert "waiting for a free CPU" in capsys.readouterr().err
+    finally:
+        ray.kill(hog)
+    assert run(source, tmp_path / "modelled", kind="modelled").rows == FILES * LINES
+
+
+LINE = st.sampled_from(["g 1", "g 2", "h 70", "h 80", "x", "a b c", "", "i 9" + "9" * 50])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(LINE, max_size=12), min_size=1, max_size=4), st.none() | st.integers(1, 30))
+def test_every_unit_is_kept_quarantined_or_filtered(files: list[list[str]], limit: int | None) -> None:
+    with tempfile.TemporaryDirectory() as home:
+        for number, lines in enumerate(files):
+            storage.write_atomic(f"{home}/{number}.txt", "\n".join(lines).encode())
+        chosen = TinySettings(most=75 if limit is None else 10**60)
+        survey = corpus.survey([home], chosen)
+        units = sum(piece.stop - piece.start for piece in survey.slices)
+        selection = Selection(units, limit, 0.1)
+        payload = [entry for part in ingest._cut(survey.slices) for entry in part.payload]
+        record = read_part(corpus, chosen, survey.context, selection, f"{home}/out", 0, payload)
+    lines = [line for file in files for line in "\n".join(file).splitlines()]
+    looked = [line for unit, line in enumerate(lines) if selection.wanted(unit)]
+    good = [line for line in looked if len(line.split()) == 2 and int(line.split()[1]) <= chosen.most]
+    huge = [line for line in good if int(line.split()[1]) > 1e38]  # It is read, and fits no float32.
+    assert units == len(lines)
+    assert sum(shard["rows"] for shard in record["shards"]) == len(good) - len(huge)
+    assert len(record["bad"]) == len([line for line in looked if len(line.split()) != 2]) + len(huge)
+    assert sum(record["filtered"].values()) == len(lines) - len(good) - len(record["bad"]) + len(huge)
+    assert record["filtered"].get("limit", 0) == len(lines) - len(looked)
 
 
 def test_side_tables_are_kept_beside_the_shards_with_units_of_their_own(source: Path, tmp_path: Path) -> None:
