@@ -54,7 +54,7 @@ NOT_UTF8 = "not UTF-8 text"
 PARQUET_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
-class _Damaged(Exception):
+class Damaged(Exception):
     """The rest of a file cannot be read; what came before it is good."""
 
 
@@ -74,9 +74,9 @@ def columns_of(entry: Entry, layout: Layout, *, header: bool = True, quoted: boo
         if layout == "parquet":
             with storage.open_read(entry.uri) as file:
                 return list(pq.ParquetFile(file).schema_arrow.names)
-        first = next(_text_records(entry.uri, layout, quoted, 0, None), None)
+        first = next(text_records(entry.uri, layout, quoted, 0, None), None)
         fields = _fields(first[2], DELIMITERS[layout], _quotes(layout, quoted)) if first and first[2] else []
-    except (*PARQUET_DAMAGE, _Damaged, Refused, ValueError, csv.Error):
+    except (*PARQUET_DAMAGE, Damaged, Refused, ValueError, csv.Error):
         return []
     return fields if header else [f"column_{place}" for place in range(1, len(fields) + 1)]
 
@@ -147,13 +147,13 @@ def read_table(piece: Slice, wanted: Wanted) -> Units:
         for found in islice(read(piece), count):
             if wanted(unit):
                 values, fingerprint = found()
-                yield unit, Bad(_name(piece, unit), values) if isinstance(values, str) else values, fingerprint
+                yield unit, Bad(unit_name(piece, unit), values) if isinstance(values, str) else values, fingerprint
             unit += 1
-    except (*PARQUET_DAMAGE, _Damaged, Refused, Failed) as trouble:
-        reason = _first_line(trouble)
+    except (*PARQUET_DAMAGE, Damaged, Refused, Failed) as trouble:
+        reason = first_line(trouble)
     for lost in range(unit, count):
         if wanted(lost):
-            yield lost, Bad(_name(piece, lost), reason), reason.encode()
+            yield lost, Bad(unit_name(piece, lost), reason), reason.encode()
 
 
 def unreadable(entry: Entry, prefix: str, reason: str) -> list[Slice]:
@@ -179,7 +179,7 @@ def _of_text(entry: Entry, prefix: str, meta: dict[str, Any], skip: int, slice_b
         first, begin = units, end
 
     try:
-        for start, stop, record in _text_records(entry.uri, meta["layout"], meta["quoted"], 0, None):
+        for start, stop, record in text_records(entry.uri, meta["layout"], meta["quoted"], 0, None):
             if skip:
                 skip, begin, end = skip - 1, stop, stop
                 continue
@@ -187,9 +187,8 @@ def _of_text(entry: Entry, prefix: str, meta: dict[str, Any], skip: int, slice_b
                 continue
             if units > first and stop - begin > most:
                 cut()
-                begin = start
             units, end = units + 1, stop
-    except _Damaged as trouble:
+    except Damaged as trouble:
         # One unit stands for all that is lost.
         units, meta = units + 1, {**meta, "lost": str(trouble)}
     cut()
@@ -216,7 +215,7 @@ def _read_text(piece: Slice) -> Iterator[Read]:
             return f"it has {'more' if len(values) > fields else 'fewer'} fields than the header", digest
         return {name: values[place] for name, place in columns.items()}, digest
 
-    for _, _, record in _text_records(piece.uri, layout, quoted, meta["offset"], meta["length"]):
+    for _, _, record in text_records(piece.uri, layout, quoted, meta["offset"], meta["length"]):
         if record is None or record.strip(b"\r\n") or layout == "lines":
             yield partial(parsed, record)
 
@@ -228,8 +227,8 @@ def _read_document(piece: Slice, wanted: Wanted) -> Units:
     try:
         for block in _blocks(piece.uri, 0, MOST_RECORD_BYTES + 1):
             data += block
-    except (_Damaged, OSError, Refused, Failed) as trouble:
-        reason = _first_line(trouble)
+    except (Damaged, OSError, Refused, Failed) as trouble:
+        reason = first_line(trouble)
     digest = hashlib.sha256(data).digest()
     if len(data) > MOST_RECORD_BYTES:
         reason = f"more than {MOST_RECORD_BYTES:,} bytes"
@@ -275,7 +274,7 @@ def _parquet_record(batch: pa.RecordBatch, row: int) -> tuple[dict[str, Any] | s
     return values, hashlib.sha256(repr(values).encode("utf-8", "backslashreplace")).digest()
 
 
-def _text_records(
+def text_records(
     uri: str, layout: str, quoted: bool | None, offset: int, length: int | None
 ) -> Iterator[tuple[int, int, bytes | None]]:
     """(start, stop, bytes or None where they are too many) of the records in a range that begins with one.
@@ -380,7 +379,7 @@ def _blocks(uri: str, offset: int, length: int | None) -> Iterator[bytes]:
     """The bytes [offset, offset + length) of a file, of a .gz of what it unpacks to.
 
     Raises:
-        _Damaged: what cannot be read, after all that can.
+        Damaged: what cannot be read, after all that can.
     """
     with storage.open_read(uri) as file:
         if not uri.lower().endswith(".gz"):
@@ -408,7 +407,7 @@ def _unpacked(file: Any) -> Iterator[bytes]:
             block = engine.decompress(packed, BLOCK_BYTES)
         except zlib.error as trouble:
             yield _until_damage(before, packed)
-            raise _Damaged(f"the gzip stream is damaged: {trouble}") from None
+            raise Damaged(f"the gzip stream is damaged: {trouble}") from None
         packed, fresh = engine.unconsumed_tail, False
         if block:
             yield block
@@ -417,7 +416,7 @@ def _unpacked(file: Any) -> Iterator[bytes]:
             packed = engine.unused_data.lstrip(b"\0")
             engine, fresh = zlib.decompressobj(31), True
     if not fresh:
-        raise _Damaged("the gzip stream is cut off")
+        raise Damaged("the gzip stream is cut off")
 
 
 def _until_damage(engine: Any, packed: bytes) -> bytes:
@@ -434,17 +433,17 @@ def _why_no_columns(entry: Entry, layout: str) -> str:
             with storage.open_read(entry.uri) as file:
                 pq.ParquetFile(file)
             return "a Parquet file without columns"
-        first = next(_text_records(entry.uri, layout, None, 0, None), None)
-    except (*PARQUET_DAMAGE, _Damaged, Refused) as trouble:
-        return f"could not be read: {_first_line(trouble)}"
+        first = next(text_records(entry.uri, layout, None, 0, None), None)
+    except (*PARQUET_DAMAGE, Damaged, Refused) as trouble:
+        return f"could not be read: {first_line(trouble)}"
     return "its first record is no header of a table" if first else "the file is empty"
 
 
-def _name(piece: Slice, unit: int) -> str:
+def unit_name(piece: Slice, unit: int) -> str:
     return f"{piece.name}/{piece.start + unit}"
 
 
-def _first_line(trouble: Exception) -> str:
+def first_line(trouble: Exception) -> str:
     if isinstance(trouble, Refused | Failed) or (isinstance(trouble, OSError) and trouble.filename):
         # The message names the path, which the source of a bad unit names already.
         return f"could not be read: {getattr(trouble, 'strerror', None) or type(trouble).__name__}"
