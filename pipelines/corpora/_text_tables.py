@@ -179,7 +179,7 @@ def _of_text(entry: Entry, prefix: str, meta: dict[str, Any], skip: int, slice_b
         first, begin = units, end
 
     try:
-        for start, stop, record in text_records(entry.uri, meta["layout"], meta["quoted"], 0, None):
+        for _, stop, record in text_records(entry.uri, meta["layout"], meta["quoted"], 0, None):
             if skip:
                 skip, begin, end = skip - 1, stop, stop
                 continue
