@@ -1,6 +1,5 @@
 """Molecules from SMILES tables and SDF as graphs with Hu et al.'s features; citation graphs as neighbourhoods."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -14,12 +13,14 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from pipelines import storage
-from pipelines.corpora import NOT_TEST, Bad, Corpus, CorpusSettings, Filtered, Row, Slice, Survey, _sources
+from pipelines.corpora import Bad, Corpus, CorpusSettings, Filtered, Row, Slice, Survey, _sources
 from pipelines.corpora import _molecule_citations as citations
 from pipelines.corpora import _molecule_features as features
 from pipelines.corpora import _molecule_files as files
+from pipelines.corpora import _molecule_labels as meanings
+from pipelines.corpora import _molecule_sdf as sdf
 from pipelines.corpora import _text_tables as tables
-from pipelines.errors import Failed, Refused, nearest_names
+from pipelines.errors import Failed, Refused
 
 READ = ".csv, .tsv and .parquet with a column of SMILES (.csv and .tsv also as .gz), .smi, .sdf, .sdf.gz, .sd and .mol"
 
@@ -64,8 +65,8 @@ def survey(sources: list[str], settings: MoleculeSettings) -> Survey:
         if not here:
             raise Refused(_nothing_in(source, seen, ignored))
         found += here
-    split, official = _split_of(found, settings.split)
-    labels, classes = _labels_of(found, settings.labels, split)
+    split, official = meanings.split_of(found, settings.split)
+    labels, classes = meanings.labels_of(found, settings.labels, split)
     slices = [piece for source in found for piece in files.with_columns(source, labels, split)]
     return Survey(slices, {"labels": labels, "classes": classes, "official": official}, dict(ignored))
 
@@ -90,7 +91,7 @@ def _opened(
     others: dict[str, list[str]] = {}
     for entry in storage.list_files(source):
         table = tables.layout_of(entry.name) in ("csv", "tsv", "parquet") or files.is_smi(entry.name)
-        if _sources.is_hidden(entry.name) or not (table or files.is_sdf(entry.name)):
+        if _sources.is_hidden(entry.name) or not (table or sdf.is_sdf(entry.name)):
             ignored[_sources.why_ignored(entry.name, "a file of molecules")] += 1
             continue
         opened = files.open_table(entry, prefix, settings.smiles) if table else files.open_sdf(entry, prefix)
@@ -119,45 +120,6 @@ def _nothing_in(source: str, others: dict[str, list[str]], ignored: Counter[str]
     )
 
 
-def _split_of(found: Sequence[files.Source], asked: str | None) -> tuple[str | None, list[str]]:
-    """The column of official splits, and which splits it holds."""
-    columns = list(dict.fromkeys(name for source in found for name in source.columns))
-    named = [asked] if asked else [name for name in columns if name.lower() == "split"]
-    if asked is not None and asked not in columns:
-        raise Refused(f"no file has a column {asked!r} of splits; {nearest_names(asked, columns)}.")
-    for column in named:
-        given = {
-            value.lower() for source in found if column in source.columns for value in files.distinct(source, column)
-        }
-        official = sorted({files.SPLITS[value] for value in given & files.SPLITS.keys()})
-        if official and (asked or given <= files.SPLITS.keys()):
-            return column, official
-        if asked:
-            raise Refused(
-                f"column {asked!r} holds {', '.join(sorted(given)[:5])}, which are no splits; "
-                f"allowed: {', '.join(sorted(files.SPLITS))}."
-            )
-    return None, []
-
-
-def _labels_of(
-    found: Sequence[files.Source], asked: tuple[str, ...] | None, split: str | None
-) -> tuple[list[str], dict[str, list[str]]]:
-    """The labels in their order, and of those that are text their sorted classes: a class's place is its label."""
-    numeric = [[name for name in files.numeric_columns(source) if name != split] for source in found]
-    if asked is None or not asked:
-        return ([] if asked is None else list(dict.fromkeys(name for some in numeric for name in some))), {}
-    columns = list(dict.fromkeys(name for source in found for name in source.columns))
-    classes = {}
-    for name in asked:
-        if name not in columns:
-            raise Refused(f"no file has a column {name!r} of labels; {nearest_names(name, columns)}.")
-        holders = [source for source in found if name in source.columns]
-        if not all(files.is_numeric(source, name) for source in holders):
-            classes[name] = sorted({value for source in holders for value in files.distinct(source, name)})
-    return list(asked), classes
-
-
 def read(
     piece: Slice, context: Mapping[str, Any], settings: MoleculeSettings, wanted: Callable[[int], bool]
 ) -> Iterator[tuple[int, Row | Bad | Filtered, bytes]]:
@@ -175,8 +137,8 @@ def _molecule(
     found: files.Found, piece: Slice, context: Mapping[str, Any], settings: MoleculeSettings
 ) -> Row | Bad | Filtered:
     try:
-        sdf = piece.meta["layout"] == "sdf"
-        molecule = features.from_sdf(found.text) if sdf else features.from_smiles(found.text)
+        parse = features.from_sdf if piece.meta["layout"] == "sdf" else features.from_smiles
+        molecule = parse(found.text)
         if settings.fragments == "largest":
             molecule = features.largest_fragment(molecule)
         if settings.max_atoms is not None and molecule.GetNumHeavyAtoms() > settings.max_atoms:
@@ -184,8 +146,8 @@ def _molecule(
         graph = features.graph(molecule)
         scaffold = features.scaffold(molecule, settings.chirality)
         smiles = features.canonical(molecule)
-        labels = _label_values(found.values, context)
-        split = _official(found.values, piece.meta["split"], context["official"])
+        labels = meanings.label_values(found.values, context)
+        split = meanings.official_split(found.values, piece.meta["split"], context["official"])
     except features.UnreadableMolecule as trouble:
         return Bad(found.name, str(trouble))
     values = {
@@ -200,36 +162,6 @@ def _molecule(
         "name": found.name,
     }
     return Row(values, group=scaffold if settings.split_by == "scaffold" else smiles, split=split)
-
-
-def _label_values(given: Mapping[str, Any], context: Mapping[str, Any]) -> np.ndarray:
-    """[T] float32; NaN where a label is missing."""
-    labels = []
-    for name in context["labels"]:
-        value = given.get(name)
-        if files.is_missing(value):
-            labels.append(math.nan)
-            continue
-        classes = context["classes"].get(name)
-        number = files.as_number(value) if classes is None else float(classes.index(str(value).strip()))
-        if number is None:
-            raise features.UnreadableMolecule("a label is no number")
-        if not abs(number) <= np.finfo(np.float32).max:
-            raise features.UnreadableMolecule("a label is not finite")
-        labels.append(number)
-    return np.array(labels, np.float32)
-
-
-def _official(given: Mapping[str, Any], column: str | None, official: Sequence[str]) -> str | None:
-    """A row's official split. Where there is no official valid split, train is cut by the hash."""
-    if column is None:
-        return None
-    split = files.SPLITS.get(str(given.get(column)).strip().lower())
-    if split is None:
-        raise features.UnreadableMolecule("its official split is none of train, valid and test")
-    if split == "train" and "valid" not in official:
-        return NOT_TEST if "test" in official else None
-    return split
 
 
 def _node_row(node: citations.Neighbourhood) -> Row:
