@@ -254,7 +254,7 @@ def test_columns_that_are_not_there_are_refused(tmp_path: Path) -> None:
 def test_a_folder_of_many_kinds_of_files(tmp_path: Path) -> None:
     drugs(tmp_path / "a.csv")
     table(tmp_path / "about.csv", [{"file": "a.csv", "from": "memory"}])
-    (tmp_path / "b.smi").write_text("CCO ethanol\n\nc1ccccc1\tbenzene\n")
+    (tmp_path / "b.smi").write_text("CCO |ethanol\n\nc1ccccc1\tbenzene\n")
     (tmp_path / "c.csv.gz").write_bytes(gzip.compress(b"smiles\nC\n")[:-9])
     (tmp_path / "d.csv").write_bytes(b"")
     (tmp_path / "e.csv").write_text("smiles\n")
