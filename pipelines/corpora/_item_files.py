@@ -11,6 +11,7 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.corpora import Bad, Slice, _sources
+from pipelines.corpora import _text_records as scan
 from pipelines.corpora import _text_tables as tables
 from pipelines.errors import Failed, Refused, nearest_names
 from pipelines.storage import Entry
@@ -279,7 +280,7 @@ def _json_records(uri: str) -> list[tuple[str | None, Any]]:
 
 
 def _json_id(entry: Entry) -> str:
-    first = next(tables.text_records(entry.uri, "lines", None, 0, None), None)
+    first = next(scan.lines(entry.uri), None)
     try:
         return _id_of(json.loads(first[2] or b"") if first else {})
     except (ValueError, RecursionError):

@@ -331,7 +331,7 @@ def test_dirt_in_sdf_costs_one_record(tmp_path: Path, monkeypatch: pytest.Monkey
     found = read_all(tmp_path / "y.sdf.gz")
     assert reasons(found)[-1] == "the gzip stream is cut off"
     assert reasons(found)[:-1] == [None] * (len(found) - 1)
-    monkeypatch.setattr("pipelines.corpora._text_tables.MOST_RECORD_BYTES", 3000)
+    monkeypatch.setattr("pipelines.corpora._text_records.MOST_RECORD_BYTES", 3000)
     (tmp_path / "z.sdf").write_text(good + "x\n" * 2000 + "$$$$\n" + "y" * 4000 + "\n$$$$\n" + good)
     assert reasons(read_all(tmp_path / "z.sdf")) == [None, "more than 3,000 bytes", "more than 3,000 bytes", None]
     (tmp_path / "empty.sdf").write_text("")
