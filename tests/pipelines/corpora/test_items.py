@@ -306,16 +306,16 @@ def test_histories_of_a_user_are_one_sequence(tmp_path: Path, model: str) -> Non
     def write(name: str, rows: list[tuple[str, str, str]]) -> None:
         table(tmp_path / f"{name}.csv", (dict(zip(columns, row, strict=True)) for row in rows))
 
-    write("valid", [("u", "['a', 'a', 'b']", "c"), ("u", '["a", "b", "c"]', "d"), ("v", "[]", "b"), ("w", "oops", "b")])
+    write("valid", [("u", "['a', 'a', 'b']", "c"), ("u", '["a", "b", "c"]', "d"), ("v", "['d']", "b"), ("w", "oops", "b")])
     broken = ("u", "[d, 1", "b")
     write("test", [("u", "b c d", "a"), ("u", "['c', 'd', 'a']", "a"), broken, ("u", "['d','a','a']", "b")])
     log = log_of(tmp_path, model)
     assert lines(log, "user", "item", "position", "split") == [
-        *[("u", "a", 0, "train"), ("u", "a", 1, "train"), ("u", "b", 2, "train")],
-        *[("u", "c", 3, "valid"), ("u", "d", 4, "valid"), ("v", "b", 0, "valid"), ("w", "b", 0, "valid")],
+        *[("u", "a", 0, "train"), ("u", "a", 1, "train"), ("u", "b", 2, "train"), ("v", "d", 0, "train")],
+        *[("u", "c", 3, "valid"), ("u", "d", 4, "valid"), ("v", "b", 1, "valid"), ("w", "b", 0, "valid")],
         *[("u", "a", 5, "test"), ("u", "a", 6, "test"), ("u", "b", 7, "test")],
     ]
-    assert lines(log, "time", "rating") == [(None, None)] * 10
+    assert lines(log, "time", "rating") == [(None, None)] * 11
     assert [(unit, bad.reason) for unit, bad in log.bad] == [(6, "its history is no list of items")]
     assert log.filtered == {"item without text": 1}
 
