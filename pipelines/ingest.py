@@ -98,6 +98,7 @@ def ingest(
     _check_request(sources, out, limit, max_bad_fraction, holdout)
     corpus = corpora.load(kind)
     survey = corpus.survey(list(sources), settings)
+    settings = settings.model_copy(update=survey.settings)
     units = sum(piece.stop - piece.start for piece in survey.slices)
     if not units:
         raise Refused(
@@ -127,7 +128,7 @@ def ingest(
     return IngestResult(
         out,
         manifest.digest,
-        manifest.units.kept,
+        manifest.rows(),
         manifest.units.quarantined,
         manifest.units.filtered,
         skipped,
@@ -203,7 +204,7 @@ def _finish(
     _write_quarantine(records, out)
     bad = sum(len(record["bad"]) for record in records)
     shards = tuple(ShardRecord(**shard) for record in records for shard in record["shards"])
-    kept = sum(shard.rows for shard in shards)
+    kept = _kept(records)
     if bad > max_bad_fraction * (kept + bad):
         raise Failed(_too_bad(records, out))
     filtered: Counter[str] = Counter(survey.ignored)
@@ -251,9 +252,14 @@ def _reasons(records: list[Record]) -> str:
     return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
 
 
+def _kept(records: list[Record]) -> int:
+    """Units, not rows: a document is one unit of many rows."""
+    return sum(kept for record in records for _, _, _, kept, _, _ in record["sources"])
+
+
 def _too_bad(records: list[Record], out: str) -> str:
     bad = sum(len(record["bad"]) for record in records)
-    looked = bad + sum(shard["rows"] for record in records for shard in record["shards"])
+    looked = bad + _kept(records)
     return (
         f"{bad} of {looked} units looked at could not be read ({bad / looked:.1%}), more than max_bad_fraction allows: "
         f"{_reasons(records)}. They are listed in {storage.join(out, QUARANTINE)}. "
@@ -265,7 +271,8 @@ def _summary(manifest: Manifest) -> str:
     units = manifest.units
     left_out = "".join(f", {count} left out ({reason})" for reason, count in sorted(units.filtered.items()))
     splits = ", ".join(f"{split} {manifest.rows(split)}" for split in SPLITS)
-    return f"{units.read} units: {units.kept} rows ({splits}), {units.quarantined} quarantined{left_out}"
+    kept = "" if units.kept == manifest.rows() else f"{units.kept} kept in "
+    return f"{units.read} units: {kept}{manifest.rows()} rows ({splits}), {units.quarantined} quarantined{left_out}"
 
 
 def _tell(line: str) -> None:
