@@ -194,7 +194,7 @@ def activations(
     dtype = np.uint16 if settings.dtype == "bfloat16" else np.float16
     found = [[np.empty((len(plan.entries), model.shape.width), dtype) for _ in layers] for plan in plans]
     wrong: dict[int, str] = {}
-    for batch in models.batched([len(part.ids) for part in parts], settings.batch_tokens):
+    for batch in models.batched([len(part.ids) for part in parts], settings.batch):
         together = [parts[place] for place in batch]
         states = model.hidden_states([part.ids for part in together], layers)
         for layer, state in enumerate(states):

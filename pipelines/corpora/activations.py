@@ -50,8 +50,8 @@ class ActivationSettings(ModelSettings, documents.TextSettings):
     longer: Literal["split", "truncate", "quarantine", "drop"] = Field(
         "split", description="a longer document: goes in pieces, loses its end, is quarantined, or is left out"
     )
-    batch_tokens: int = Field(
-        models.BATCH_TOKENS, ge=1, le=2**22, description="most tokens of one batch, padding included"
+    batch_tokens: int | None = Field(
+        None, ge=1, le=2**22, description="most tokens of one batch; default 1,024, on a GPU 16,384 (changes bits)"
     )
     min_word_count: int = Field(1, ge=1, description="train documents keep words that occur so often in them")
     max_word_occurrences: int | None = Field(
@@ -75,6 +75,11 @@ class ActivationSettings(ModelSettings, documents.TextSettings):
         return self.min_word_count > 1 or self.max_word_occurrences is not None
 
     @property
+    def batch(self) -> int:
+        """`batch_tokens` where it is known: on a CPU more is slower, as activations fall out of its cache."""
+        return self.batch_tokens or (16_384 if self.gpus else models.BATCH_TOKENS)
+
+    @property
     def row_bytes(self) -> int:
         """About what one row takes in a shard."""
         return 2 * len(self.layers or ()) * (self.width or 0) + 64
@@ -87,7 +92,8 @@ def survey(sources: list[str], settings: ActivationSettings) -> Survey:
         Refused: no text, no such column, a model that cannot be read safely, a layer or a window it does not have.
     """
     found, digest = settings.inspect()
-    settings = settings.model_copy(update=_completed(settings, found, digest))
+    completed = _completed(settings, found, digest)
+    settings = settings.model_copy(update=completed)
     growth = settings.row_bytes / TEXT_BYTES_A_TOKEN
 
     def slice_bytes(text: int) -> int:
@@ -98,10 +104,7 @@ def survey(sources: list[str], settings: ActivationSettings) -> Survey:
     # Parts are cut by what comes out, which is a hundred times what goes in.
     slices = [replace(piece, bytes=int(piece.bytes * growth)) for piece in slices]
     context = {"model": {"layers": found.layers, "width": found.width, "window": found.window}}
-    return Survey(slices, context, dict(ignored), {name: getattr(settings, name) for name in COMPLETED})
-
-
-COMPLETED = ("layers", "width", "max_tokens", "model_digest")
+    return Survey(slices, context, dict(ignored), completed)
 
 
 def _completed(settings: ActivationSettings, found: models.ModelShape, digest: str) -> dict[str, Any]:
@@ -117,7 +120,13 @@ def _completed(settings: ActivationSettings, found: models.ModelShape, digest: s
         raise Refused(f"max_tokens={most} was given; the window of this model is {found.window} tokens.")
     if settings.width not in (None, found.width):
         raise Refused(f"width={settings.width} was given; this model has {found.width}. It follows from the model.")
-    return {"layers": layers, "width": found.width, "max_tokens": most, "model_digest": digest}
+    return {
+        "layers": layers,
+        "width": found.width,
+        "max_tokens": most,
+        "batch_tokens": settings.batch,
+        "model_digest": digest,
+    }
 
 
 def prepare(
@@ -168,7 +177,7 @@ def read(
     """Every wanted document of a slice as the rows of its tokens or words, or why it has none."""
     planned = rows.planned(rows.cut(piece, settings, wanted, model.tokenizer), piece, settings)
     # Batches are made of the documents of one chunk. Where chunks end follows from the slice and `wanted` alone.
-    most = min(16 * settings.batch_tokens, max(settings.batch_tokens, MOST_SLICE_BYTES // settings.row_bytes))
+    most = max(settings.batch, min(16 * settings.batch, MOST_SLICE_BYTES // settings.row_bytes))
     chunk: list[tuple[int, rows.Plan | Bad | Filtered, bytes]] = []
     tokens = 0
     for unit, found, digest in planned:
