@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines import cluster, corpora, recipe, registry, storage
-from pipelines.accounts import in_bytes, looked_at, summary, too_bad, write_quarantine, write_sources
+from pipelines.accounts import in_bytes, kept_of, looked_at, summary, too_bad, write_quarantine, write_sources
 from pipelines.claims import claim
 from pipelines.corpora import Corpus, CorpusSettings, Slice, Survey
 from pipelines.errors import Failed, Refused
@@ -60,10 +60,16 @@ def prepared_by(
 ) -> tuple[str, CorpusSettings]:
     """The corpus kind and its settings: a kind's own, a recipe's kind, or how the data of a bundle was prepared."""
     if bundle is not None:
-        if overrides:
-            raise Refused("--bundle takes the preparation from the card; leave --set out, or use --corpus.")
         made = read_card(registry.local_bundle(bundle))["corpus"]
-        return made["kind"], corpora.load(made["kind"]).Settings.model_validate(made["settings"])
+        settings = corpora.load(made["kind"]).Settings
+        places = sorted(name for name, info in settings.model_fields.items() if info.exclude)
+        if not_places := sorted(overrides.keys() - places):
+            also = f" but for where things lie ({', '.join(places)})" if places else ""
+            raise Refused(
+                f"--bundle takes the preparation from the card{also}; leave --set {', '.join(not_places)} out, "
+                "or use --corpus."
+            )
+        return made["kind"], validated(settings, {**made["settings"], **overrides}, f"corpus {made['kind']!r}")
     kind = corpus if corpus is not None else recipe.load(recipe_name or "").corpus[0]
     return kind, validated(corpora.load(kind).Settings, overrides, f"corpus {kind!r}")
 
@@ -97,6 +103,7 @@ def ingest(
     _check_request(sources, out, limit, max_bad_fraction, holdout)
     corpus = corpora.load(kind)
     survey = corpus.survey(list(sources), settings)
+    settings = settings.model_copy(update=survey.settings)
     units = sum(piece.stop - piece.start for piece in survey.slices)
     if not units:
         raise Refused(
@@ -115,6 +122,8 @@ def ingest(
     claim(out, REQUEST, request, "an ingest")
     if not skipped:
         selection = Selection(units, limit, holdout)
+        if corpus.prepare:
+            survey = corpus.prepare(survey, settings, selection.wanted, selection.split_of)
         work = partial(read_part, corpus, settings, survey.context, selection, out)
         check = _StopIfHopeless(max_bad_fraction * selection.wanted_before(units), out)
         tables = _side_tables(corpus, sources, settings, max_bad_fraction, out)
@@ -132,7 +141,7 @@ def ingest(
     return IngestResult(
         out,
         manifest.digest,
-        manifest.units.kept,
+        manifest.rows(),
         manifest.units.quarantined,
         manifest.units.filtered,
         skipped,
@@ -232,7 +241,7 @@ def _finish(
     write_quarantine([*records, *tables], out)
     bad = sum(len(record["bad"]) for record in records)
     shards = tuple(ShardRecord(**shard) for record in records for shard in record["shards"])
-    kept = sum(shard.rows for shard in shards)
+    kept = kept_of(records)
     if bad > max_bad_fraction * (kept + bad):
         raise Failed(too_bad(records, kept + bad, "units", out))
     filtered: Counter[str] = Counter(survey.ignored)

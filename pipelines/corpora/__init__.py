@@ -17,7 +17,11 @@ NOT_TEST = "not test"
 
 
 class CorpusSettings(BaseModel):
-    """How raw files become rows; all of it is kept in the manifest and in the card of what is trained on it."""
+    """How raw files become rows; all of it is kept in the manifest and in the card of what is trained on it.
+
+    But for fields with `exclude=True`: they say where something lies (a model's folder) whose digest is kept instead.
+    They may be given beside `--bundle`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,6 +51,8 @@ class Survey:
     """JSON values shared by all slices: class names, the layout that was recognised."""
     ignored: dict[str, int] = field(default_factory=dict)
     """Reason -> number of files that are not units of this corpus (counted as filtered)."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings that follow from the data (the length of vectors): the ingest goes on with them, and keeps them."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +107,11 @@ class Corpus:
     Settings: type[CorpusSettings]
     survey: Callable[[list[str], Any], Survey]
     """(source URIs, settings) -> Survey; Refused where a URI is missing or holds nothing of this kind."""
-    read: Callable[..., Iterator[tuple[int, Row | Bad | Filtered, bytes]]]
+    read: Callable[..., Iterator[tuple[int, Row | list[Row] | Bad | Filtered, bytes]]]
     """(slice, survey context, settings, wanted) -> (unit, row or reason, fingerprint of its bytes) for wanted units.
 
+    A unit of many rows (a document: its tokens) gives the list of them; it is kept or quarantined as a whole, so they
+    have to fit into memory together. One without a row is Bad or Filtered, never an empty list.
     `unit` counts from slice.start; `wanted(unit)` is False for units left out by --limit: they are not decoded.
     Every wanted unit is yielded once, in rising order: an ingest fails where one is missing.
     Where there is a `setup`, what it made is the fifth argument."""
@@ -120,6 +128,10 @@ class Corpus:
     beside a bool column `<something>_mask` [B, L] that is True where a value is real (`pipelines.columns.padded`)."""
     write_files: Callable[[dict[str, Tensor], list[str], str, Any], None]
     """(columns, file stems, directory URI, settings) -> files people open: what `decode --format files` writes."""
+    prepare: Callable[[Survey, Any, Callable[[int], bool], Callable[[str, str | None], str]], Survey] | None = None
+    """(survey, settings, wanted, split_of) -> the survey with what one slice cannot know of all the others, such as how
+    often words occur: called once, before the parts. `wanted` counts units over all slices; `split_of(group, official
+    split)` gives train, valid or test, for whatever is fitted sees train alone."""
     setup: Callable[[Any], Any] | None = None
     """settings -> what all slices of a worker process share, made once in it: a language model."""
     gpus: Callable[[Any], float] = no_gpus
