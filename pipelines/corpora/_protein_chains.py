@@ -41,11 +41,11 @@ class Chain:
     @property
     def whole(self) -> npt.NDArray[np.bool_]:
         """[L]: N, CA and C are there, so the residue has a frame."""
-        return self.atoms[:, :3].all(1)
+        return np.asarray(self.atoms[:, :3].all(1))
 
 
 def chains_of(atoms: Atoms) -> Iterator[Chain]:
-    """The protein chains of a model, in the order they begin. Water, ions, ligands, nucleotides and caps are left out."""
+    """The protein chains of a model as they begin in it; water, ions, ligands, nucleotides and caps are left out."""
     names, which = np.unique(np.char.add(atoms.residue, np.where(atoms.hetero, "*", "")), return_inverse=True)
     kinds = [residue_type(name.removesuffix("*"), name.endswith("*")) for name in names.tolist()]
     kind = np.array([-1 if one is None else one for one in kinds], np.int8)[which]

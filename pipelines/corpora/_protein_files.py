@@ -1,4 +1,4 @@
-"""Files to backbone atoms: PDB, mmCIF and BinaryCIF through biotite, with what strict parsers stumble over mended first.
+"""PDB, mmCIF and BinaryCIF to backbone atoms through biotite; what strict parsers stumble over is mended first.
 
 Only records of backbone atoms are parsed: a chain needs no others, and damage elsewhere costs nothing.
 """
@@ -27,10 +27,8 @@ ELEMENT_AND_CHARGE = re.compile(rb"[ A-Z][A-Za-z](?:  |\d[+-]|[+-]\d)?|[A-Z] (?:
 """What columns 77 to 80 may hold."""
 SHIFTED = re.compile(rb"[A-Za-z]ATOM  [ \d]{5} ")
 GZIP_MAGIC = b"\x1f\x8b"
-DAMAGE = (
-    ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, MemoryError, struct.error, RecursionError
-)  # fmt: skip
-"""What biotite and msgpack raise on damaged files, seen over the formats below; their own errors are added on import."""
+DAMAGE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError, struct.error)
+"""What biotite and msgpack raise on damaged files beside errors of their own, seen over the formats below."""
 
 
 class UnreadableStructure(ValueError):

@@ -3,13 +3,15 @@
 from functools import cache
 
 RESIDUES = (
-    "ALA ARG ASN ASP CYS GLN GLU GLY HIS ILE LEU LYS MET PHE PRO SER THR TRP TYR VAL UNK".split()
-)  # as AlphaFold and OpenFold order them: by name
+    "ALA", "ARG", "ASN", "ASP", "CYS", "GLN", "GLU", "GLY", "HIS", "ILE", "LEU", "LYS", "MET", "PHE", "PRO", "SER",
+    "THR", "TRP", "TYR", "VAL", "UNK",
+)  # fmt: skip
+"""Type 0 to 20, by name as AlphaFold and OpenFold have them."""
 LETTERS = "ARNDCQEGHILKMFPSTWYVX"
 UNKNOWN = 20
 """An amino acid that is none of the twenty and has no single one of them as its parent (selenocysteine, D-alanine)."""
 UNHEARD = 21
-"""No component of that name is known; under an ATOM record it may still be an amino acid, if it has the atoms of one."""
+"""No dictionary has the name; under an ATOM record it is an amino acid if it has the atoms of one."""
 
 # Protonation states as force fields name them. The component dictionary has other molecules under some of these names
 # (HSE: homoserine), but those are no ATOM records.
