@@ -53,11 +53,11 @@ def chains_of(atoms: Atoms) -> Iterator[Chain]:
     atoms, kind = atoms[belong], kind[belong]
     found, first, member = np.unique(atoms.chain, return_index=True, return_inverse=True)
     for place in np.argsort(first):
-        here = member == place
-        yield from _chain(str(found[place]), atoms[here], kind[here])
+        here = np.flatnonzero(member == place)
+        yield from _chain(str(found[place]), atoms[here], kind[here], here)
 
 
-def _chain(name: str, atoms: Atoms, kind: npt.NDArray[np.int8]) -> Iterator[Chain]:
+def _chain(name: str, atoms: Atoms, kind: npt.NDArray[np.int8], lines: npt.NDArray[np.intp]) -> Iterator[Chain]:
     code = _codes(atoms.insertion)
     turn = (np.diff(atoms.number) != 0) | (np.diff(code) != 0)
     residue = np.concatenate([[0], np.cumsum(turn)])
@@ -65,7 +65,7 @@ def _chain(name: str, atoms: Atoms, kind: npt.NDArray[np.int8]) -> Iterator[Chai
     keys = atoms.number[starts].astype(np.int64) << 8 | code[starts]
     slots = residue * len(BACKBONE) + atoms.atom
     plain = not (atoms.altloc != "").any() and len(np.unique(keys)) == len(keys) and len(np.unique(slots)) == len(slots)
-    copies = [(np.arange(len(atoms)), residue, 0)] if plain else _untangled(atoms, code)
+    copies = [(np.arange(len(atoms)), residue, 0)] if plain else _untangled(atoms, code, lines)
     for copy, (chosen, of, repeats) in enumerate(copies):
         chain = _built(name, copy, atoms[chosen], kind[chosen], code[chosen], of, repeats)
         if len(chain):
@@ -107,13 +107,13 @@ class _Residue:
 
 
 def _untangled(
-    atoms: Atoms, code: npt.NDArray[np.uint8]
+    atoms: Atoms, code: npt.NDArray[np.uint8], lines: npt.NDArray[np.intp]
 ) -> Iterator[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], int]]:
     """(atoms chosen, residue of each, atoms given twice) of each copy of a chain in which numbers or atoms repeat.
 
     Alternate locations may follow each other atom by atom, or residue by residue. A number that comes back after others
-    with atoms that are there already begins a copy (files without chain names); at once, but under another name, it is
-    a residue of its own; at once and under the same name it is an atom given twice.
+    or after another chain, with atoms that are there already, begins a copy (files without chain names); at once, but
+    under another name, it is a residue of its own; at once and under the same name it is an atom given twice.
     """
     residues: list[_Residue] = []
     known: dict[tuple[int, int], _Residue] = {}
@@ -126,12 +126,12 @@ def _untangled(
         key, mark = (number, insertion), (atom, altloc, name if altloc else "")
         residue = known.get(key)
         if residue is not None and mark in residue.taken:
-            if residue is residues[-1] and residue.name == name:
-                repeats += 1
-                continue
-            if residue is not residues[-1]:
+            if residue is not residues[-1] or lines[place] != lines[place - 1] + 1:
                 yield _chosen(atoms, residues, repeats)
                 residues, known, repeats = [], {}, 0
+            elif residue.name == name:
+                repeats += 1
+                continue
             residue = None
         if residue is None:
             residue = known[key] = _Residue(name, [], set())

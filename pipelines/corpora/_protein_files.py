@@ -23,8 +23,8 @@ MOST_FILE_BYTES = 512 << 20
 MOST_ATOMS = 16_000_000
 WATER = frozenset((b"HOH", b"WAT", b"DOD", b"H2O", b"SOL", b"TIP"))
 ATOM_NAMES = {name.encode(): name for name in BACKBONE}
-ELEMENT_AND_CHARGE = re.compile(rb"[ A-Z][A-Za-z](?:  |\d[+-]|[+-]\d)?|[A-Z] (?:  )?|\s*")
-"""What columns 77 to 80 may hold."""
+ELEMENT_AND_CHARGE = re.compile(rb"(?:[ A-Z][A-Za-z]|[A-Z] ?|  )?(?:\d[+-]|[+-]\d)?")
+"""What columns 77 to 80 may hold, without blanks at their end."""
 SHIFTED = re.compile(rb"[A-Za-z]ATOM  [ \d]{5} ")
 GZIP_MAGIC = b"\x1f\x8b"
 DAMAGE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError, struct.error)
@@ -193,7 +193,7 @@ def _in_columns(line: bytes, mended: Counter[str]) -> bytes:
 
 def _mended(line: bytes, mended: Counter[str]) -> str:
     """A record of a backbone atom as biotite takes it: occupancy, B-factor, element and charge are what they may be."""
-    if not ELEMENT_AND_CHARGE.fullmatch(line[76:80]):
+    if not ELEMENT_AND_CHARGE.fullmatch(line[76:80].rstrip()):
         # Running line numbers of the format of 1992, for one. The atom's name says the element of a backbone atom.
         mended["columns 77-80 hold no element and charge"] += 1
     name = ATOM_NAMES[line[12:16].strip()]
