@@ -5,6 +5,7 @@ Only records of backbone atoms are parsed: a chain needs no others, and damage e
 
 import gzip
 import io
+import math
 import re
 import struct
 import warnings
@@ -204,7 +205,7 @@ def _mended(line: bytes, mended: Counter[str]) -> str:
 
 def _number(text: bytes, default: float, what: str, mended: Counter[str]) -> str:
     try:
-        if np.isfinite(float(text)):
+        if math.isfinite(float(text)):
             return text.decode("latin-1").rjust(6)
     except ValueError:
         pass
