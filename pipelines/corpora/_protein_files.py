@@ -187,8 +187,12 @@ def _in_columns(line: bytes, mended: Counter[str]) -> bytes:
     try:
         for place in places:
             float(place)
+        # Coordinates may read well in a line that lost a blank; its residue name is then no longer at the right.
+        shifted = line[19:20] in b" "
     except ValueError:
-        raise UnreadableStructure("an ATOM record that is not in the columns of the PDB format") from None
+        shifted = True
+    if shifted:
+        raise UnreadableStructure("an ATOM record that is not in the columns of the PDB format")
     return line
 
 

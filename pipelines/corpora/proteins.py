@@ -90,24 +90,23 @@ def _choose(info: Any, tar: Any) -> str | None:
 
 def read(
     piece: Slice, context: Mapping[str, Any], settings: ProteinSettings, wanted: Callable[[int], bool]
-) -> Iterator[tuple[int, Row | Bad | Filtered, bytes]]:
-    """Every chain of every wanted file of a slice as a row: several of one unit, or the reason why there is none."""
+) -> Iterator[tuple[int, list[Row] | Bad | Filtered, bytes]]:
+    """The chains of every wanted file of a slice as rows, or the reason why there are none."""
     for unit, name, data in _files(piece, wanted):
         if isinstance(data, Bad):
             yield unit, data, data.reason.encode()
             continue
         digest = hashlib.sha256(data)
         try:
-            rows = _rows(name, data, piece, settings)
+            found = _rows(name, data, piece, settings)
         except (UnreadableStructure, UnreadableLabels) as trouble:
             yield unit, Bad(name, str(trouble)), digest.digest()
             continue
-        for row in rows:
-            if isinstance(row, Row):
-                # Annotations are no units, but another label is another corpus.
-                for label in settings.labels:
-                    digest.update(row.values[label].tobytes())
-            yield unit, row, digest.digest()
+        for row in [] if isinstance(found, Filtered) else found:
+            # Annotations are no units, but another label is another corpus.
+            for label in settings.labels:
+                digest.update(row.values[label].tobytes())
+        yield unit, found, digest.digest()
 
 
 def _files(piece: Slice, wanted: Callable[[int], bool]) -> Iterator[tuple[int, str, bytes | Bad]]:
@@ -128,7 +127,7 @@ def _file(piece: Slice) -> bytes | Bad:
         return Bad(piece.name, f"could not be read: {reason or type(trouble).__name__}")
 
 
-def _rows(name: str, data: bytes, piece: Slice, settings: ProteinSettings) -> list[Row] | list[Filtered]:
+def _rows(name: str, data: bytes, piece: Slice, settings: ProteinSettings) -> list[Row] | Filtered:
     """The rows of a file, or one Filtered where it has none: no protein, or no chain that the settings let through.
 
     A file without protein is sound (nucleic acids, a ligand): it is no damage and does not count as such.
@@ -145,7 +144,7 @@ def _rows(name: str, data: bytes, piece: Slice, settings: ProteinSettings) -> li
             else:
                 rows.append(_row(piece, name, model, place, chain, settings))
     if not rows:
-        return [Filtered(left.most_common(1)[0][0] if left else "no protein")]
+        return Filtered(left.most_common(1)[0][0] if left else "no protein")
     rows[0].values["unmatched"] += of_missing_chains(piece, name, names, settings)
     told = [f"{what} ({count})" for what, count in sorted(mended.items())]
     told += [f"{count} chains left out by {setting}" for setting, count in sorted(left.items())]
