@@ -56,7 +56,9 @@ def contacts_of(uri: str, size: int) -> Mapping[str, frozenset[Key]]:
         residues = [_residue(words[place]) for place in (0, 3)] if len(words) >= 6 else [None]
         if None in residues:
             name = uri.rpartition("/")[2]
-            raise UnreadableLabels(f"{name} beside it is no list of `residue chain atom residue chain atom`: {number}")
+            raise UnreadableLabels(
+                f"{name} beside it is no list of `residue chain atom residue chain atom`: line {number}"
+            )
         for residue, chain in zip(residues, (words[1], words[4]), strict=True):
             if residue is not None:
                 found.setdefault(chain, set()).add(residue)
