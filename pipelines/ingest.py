@@ -99,6 +99,7 @@ def ingest(
     _check_request(sources, out, limit, max_bad_fraction, holdout)
     corpus = corpora.load(kind)
     survey = corpus.survey(list(sources), settings)
+    settings = settings.model_copy(update=survey.settings)
     units = sum(piece.stop - piece.start for piece in survey.slices)
     if not units:
         raise Refused(
@@ -132,7 +133,7 @@ def ingest(
     return IngestResult(
         out,
         manifest.digest,
-        manifest.units.kept,
+        manifest.rows(),
         manifest.units.quarantined,
         manifest.units.filtered,
         skipped,
@@ -232,7 +233,7 @@ def _finish(
     _write_quarantine([*records, *tables], out)
     bad = sum(len(record["bad"]) for record in records)
     shards = tuple(ShardRecord(**shard) for record in records for shard in record["shards"])
-    kept = sum(shard.rows for shard in shards)
+    kept = _kept(records)
     if bad > max_bad_fraction * (kept + bad):
         raise Failed(_too_bad(records, kept + bad, "units", out))
     filtered: Counter[str] = Counter(survey.ignored)
@@ -281,9 +282,14 @@ def _reasons(records: list[Record]) -> str:
     return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
 
 
+def _kept(records: list[Record]) -> int:
+    """Units, not rows: a document is one unit of many rows."""
+    return sum(kept for record in records for _, _, _, kept, _, _ in record["sources"])
+
+
 def _looked(records: list[Record]) -> int:
     """Units that were kept or bad, of records of parts."""
-    return sum(len(record["bad"]) + sum(shard["rows"] for shard in record["shards"]) for record in records)
+    return _kept(records) + sum(len(record["bad"]) for record in records)
 
 
 def _too_bad(records: list[Record], looked: int, what: str, out: str) -> str:
@@ -299,7 +305,8 @@ def _summary(manifest: Manifest) -> str:
     units = manifest.units
     left_out = "".join(f", {count} left out ({reason})" for reason, count in sorted(units.filtered.items()))
     splits = ", ".join(f"{split} {manifest.rows(split)}" for split in SPLITS)
-    return f"{units.read} units: {units.kept} rows ({splits}), {units.quarantined} quarantined{left_out}"
+    kept = "" if units.kept == manifest.rows() else f"{units.kept} kept in "
+    return f"{units.read} units: {kept}{manifest.rows()} rows ({splits}), {units.quarantined} quarantined{left_out}"
 
 
 def _tell(line: str) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,33 @@ def test_bad_units_are_quarantined_and_all_units_are_accounted_for(
     assert f"3 units are quarantined in {tmp_path}/out/quarantine.arrow" in log
     assert "1 x 1 words instead of 2" in log
     assert "304 units: 300 rows" in log
+
+
+def test_units_of_many_rows_are_counted_as_units(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with (source / "a/0.txt").open("a") as file:
+        file.write("\ng 1,2,3\ng 4,5\nbad")
+    done = run(source, tmp_path / "out")
+    units = load_manifest(str(tmp_path / "out")).units
+    assert (done.rows, units.read, units.kept, units.quarantined) == (305, 303, 302, 1)
+    assert "303 units: 302 kept in 305 rows (train" in capsys.readouterr().err
+    # Parts of 50 units that finished before, and 3 more; of rows there would be 6 more.
+    with pytest.raises(Failed, match=r"1 of (5|10|15|20|25|30)3 units looked at could not be read"):
+        run(source, tmp_path / "other", max_bad_fraction=0)
+
+
+def test_settings_that_the_survey_found_are_those_of_the_ingest(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def survey(sources: list[str], settings: TinySettings) -> corpora.Survey:
+        return replace(corpus.survey(sources, settings), settings={"scale": 3.0})
+
+    monkeypatch.setattr(corpora, "load", lambda kind: replace(corpus, survey=survey))
+    found = run(source, tmp_path / "found")
+    assert load_manifest(str(tmp_path / "found")).settings["scale"] == 3.0
+    monkeypatch.undo()
+    monkeypatch.setattr(corpora, "load", lambda kind: corpus)
+    monkeypatch.setattr(ingest, "LEAST_PART_BYTES", 1)
+    assert run(source, tmp_path / "given", TinySettings(scale=3.0)).digest == found.digest
 
 
 def test_named_settings_filter_and_are_counted(source: Path, tmp_path: Path) -> None:
