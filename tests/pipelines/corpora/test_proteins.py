@@ -21,6 +21,8 @@ from pipelines.corpora import Bad, Filtered, Row, _protein_files, proteins
 from pipelines.corpora._protein_residues import LETTERS, RESIDUES
 from pipelines.corpora.proteins import ProteinSettings
 from pipelines.errors import Failed, Refused
+from pipelines.ingest import ingest
+from pipelines.shards import ShardReader
 
 SHORT = ProteinSettings(min_length=1)
 KEEP = ProteinSettings(min_length=1, missing="keep")
@@ -682,3 +684,30 @@ def test_coordinates_that_a_pdb_file_cannot_hold_are_refused(tmp_path: Path, val
 def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         ProteinSettings(**wrong)
+
+
+def test_an_ingest_counts_files_and_keeps_chains(
+    ray_instance: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    dirty = {"a/x.pdb.gz": gzip.compress(pdb(a_structure()).encode()), "a/y.cif": cif(table(chain(range(25))))}
+    dirty |= {"b/z.bcif": bcif(table(chain(range(40), "B"))), "b/dna.pdb": pdb([Atom("P", "DG")]), "b/cut.pdb": ""}
+    source = given(tmp_path / "files", {**dirty, "b/notes.txt": "x", "c/contacts.txt": "1 A CA 2 B CA 3\n"})
+    given(source, {"c/short.pdb": pdb(chain(range(4))), "c/two.pdb": pdb([*chain(range(20)), *chain(range(20), "B")])})
+    settings = ProteinSettings(group="folder", contacts="contacts.txt")
+    done = ingest(
+        "proteins", [str(source)], str(tmp_path / "out"), settings=settings, max_bad_fraction=0.5, holdout=0.3
+    )
+    assert (done.rows, done.quarantined) == (7, 1)
+    assert done.filtered == {"min_length": 1, "no protein": 1, "not a structure file (.txt)": 1}
+    assert "8 units: 4 kept in 7 rows" in capsys.readouterr().err
+    reader = ShardReader(out)
+    assert (reader.manifest.units.kept, reader.manifest.context["residues"]) == (4, list(RESIDUES))
+    rows = reader.take("all", np.arange(7))
+    read = [row.values for one in units(source, settings).values() if isinstance(one, list) for row in one]
+    schema = proteins.schema(settings)
+    # By their text: labels are NaN where there is none.
+    assert repr(rows.select(schema.names).to_pylist()) == repr(batch_of(read, schema).to_pylist())
+    folders: dict[str, set[int]] = {}
+    for name, split in zip(rows.column("name").to_pylist(), rows.column("split").to_pylist(), strict=True):
+        folders.setdefault(name.split("/")[0], set()).add(split)
+    assert [len(splits) for splits in folders.values()] == [1, 1, 1]
