@@ -694,9 +694,8 @@ def test_an_ingest_counts_files_and_keeps_chains(
     source = given(tmp_path / "files", {**dirty, "b/notes.txt": "x", "c/contacts.txt": "1 A CA 2 B CA 3\n"})
     given(source, {"c/short.pdb": pdb(chain(range(4))), "c/two.pdb": pdb([*chain(range(20)), *chain(range(20), "B")])})
     settings = ProteinSettings(group="folder", contacts="contacts.txt")
-    done = ingest(
-        "proteins", [str(source)], str(tmp_path / "out"), settings=settings, max_bad_fraction=0.5, holdout=0.3
-    )
+    out = str(tmp_path / "out")
+    done = ingest("proteins", [str(source)], out, settings=settings, max_bad_fraction=0.5, holdout=0.3)
     assert (done.rows, done.quarantined) == (7, 1)
     assert done.filtered == {"min_length": 1, "no protein": 1, "not a structure file (.txt)": 1}
     assert "8 units: 4 kept in 7 rows" in capsys.readouterr().err
