@@ -5,6 +5,7 @@ Every label is one float a residue, NaN where there is no annotation.
 
 import csv
 import gzip
+import hashlib
 import io
 import re
 import zlib
@@ -26,6 +27,7 @@ SECONDARY = "-HEBGITSP"
 """Letters of DSSP in the order of their numbers; ` `, `C` and `L` count as `-`."""
 STRUCTURE = re.compile(r"\.(?:pdb\d*|ent|cif|mmcif|pdbx|bcif)(?:\.gz)?$", re.IGNORECASE)
 RESIDUE = re.compile(r"\s*(-?\d+)\s*([A-Za-z]?)\s*")
+MOST_VALUE = float(np.finfo(np.float32).max)
 MOST_BYTES = 256 << 20
 """Of one file of annotations, unpacked."""
 
@@ -45,11 +47,10 @@ def stem_of(name: str) -> str:
 # Lists of contacts: residue chain atom residue chain atom distance
 
 
-@lru_cache(maxsize=64)
-def contacts_of(uri: str, size: int) -> Mapping[str, frozenset[Key]]:
-    """Chain -> residues that are in contact with another chain. `size` tells versions of the file apart."""
+def contacts_of(uri: str) -> Mapping[str, frozenset[Key]]:
+    """Chain -> residues that are in contact with another chain."""
     found: dict[str, set[Key]] = {}
-    for number, line in enumerate(_lines(uri), 1):
+    for number, line in enumerate(text_of(uri).splitlines(), 1):
         words = line.split()
         if not words:
             continue
@@ -74,10 +75,9 @@ def join_contacts(contacts: Mapping[str, frozenset[Key]], chain: Chain) -> tuple
 # Strings: one letter a residue, one line a chain
 
 
-@lru_cache(maxsize=64)
-def strings_of(uri: str, size: int) -> Sequence[str]:
+def strings_of(uri: str) -> Sequence[str]:
     """The first word of every line."""
-    return [line.split(maxsplit=1)[0] for line in _lines(uri) if line.strip()]
+    return [line.split(maxsplit=1)[0] for line in text_of(uri).splitlines() if line.strip()]
 
 
 def join_string(text: str, chain: Chain) -> tuple[npt.NDArray[np.float32], int]:
@@ -110,23 +110,27 @@ class Table:
 
 
 @lru_cache(maxsize=4)
-def table_of(uri: str, size: int, values: tuple[str, ...]) -> Table:
+def table_of(uri: str, digest: str, values: tuple[str, ...]) -> Table:
     """
+    Args:
+        digest: of its text, so that a process that outlives a change of the file does not remember the old one.
+
     Raises:
         Refused: a column is missing; the message names those there are.
         UnreadableLabels: it is no table of text.
     """
-    rows = csv.reader(_lines(uri), delimiter=_delimiter(uri))
+    text = text_of(uri)
+    if digest != digest_of(text):
+        raise UnreadableLabels(f"{uri.rpartition('/')[2]} changed while it was read")
+    rows = _rows(csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(uri)), uri)
     key_at, chain_at, residue_at, values_at = _columns(next(rows, []), values, uri)
     names: dict[str, int] = {}
     of, numbers, lost = array("q"), array("f"), 0
     chains: list[str] = []
     residues: list[Key] = []
-    known: dict[str, Key | None] = {}
-    for row in _rows(rows, uri):
+    for row in rows:
         try:
-            text = row[residue_at]
-            key = known[text] if text in known else known.setdefault(text, _residue(text))
+            key = _residue(row[residue_at])
             found = [_value(row[at]) for at in values_at]
             name, chain = row[key_at].strip(), row[chain_at].strip()
         except (IndexError, ValueError):
@@ -144,6 +148,10 @@ def table_of(uri: str, size: int, values: tuple[str, ...]) -> Table:
     places = {name: (starts[number], int(ends[number])) for name, number in names.items()}
     taken = np.frombuffer(numbers, np.float32).reshape(-1, len(values)) if of else np.empty((0, len(values)))
     return Table(places, order, chains, residues, taken.astype(np.float32), lost)
+
+
+def digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def names_of_file(name: str) -> list[str]:
@@ -201,6 +209,7 @@ def _columns(header: Sequence[str], values: Sequence[str], uri: str) -> tuple[in
     return names.index(key), names.index("chain"), names.index("residue"), [names.index(v.lower()) for v in values]
 
 
+@lru_cache(maxsize=1 << 16)
 def _residue(text: str) -> Key | None:
     match = RESIDUE.fullmatch(text)
     return (int(match[1]), match[2]) if match else None
@@ -208,7 +217,7 @@ def _residue(text: str) -> Key | None:
 
 def _value(text: str) -> float:
     value = float(text) if text.strip() else np.nan
-    if np.isinf(value):
+    if abs(value) > MOST_VALUE:
         raise ValueError(text)
     return value
 
@@ -224,8 +233,8 @@ def _delimiter(uri: str) -> str:
     return "\t" if uri.lower().removesuffix(".gz").endswith((".tsv", ".tab")) else ","
 
 
-def _lines(uri: str) -> list[str]:
-    """Text lines of a file, plain or .gz; bytes that are no UTF-8 are written out.
+def text_of(uri: str) -> str:
+    """A file of text, plain or .gz; bytes that are no UTF-8 are written out.
 
     Raises:
         UnreadableLabels: with a short reason.
@@ -240,7 +249,7 @@ def _lines(uri: str) -> list[str]:
         raise UnreadableLabels(f"{name} beside it cannot be read") from None
     if len(data) > MOST_BYTES:
         raise UnreadableLabels(f"{name} has more than {MOST_BYTES:,} bytes")
-    return data.decode("utf-8-sig", "backslashreplace").splitlines()
+    return data.decode("utf-8-sig", "backslashreplace")
 
 
 def unknown_in(table: Table, names: Sequence[str]) -> Counter[str]:

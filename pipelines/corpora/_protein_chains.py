@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.corpora._protein_files import BACKBONE, Atoms
+from pipelines.corpora._protein_atoms import BACKBONE, Atoms
 from pipelines.corpora._protein_residues import UNHEARD, UNKNOWN, residue_type
 
 

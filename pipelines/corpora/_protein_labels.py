@@ -3,6 +3,7 @@
 import posixpath
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,8 @@ def annotations_of(name: str, sizes: Mapping[str, int], settings: ProteinSetting
     return found
 
 
-def check_annotations(slices: Collection[Slice], settings: ProteinSettings) -> Counter[str]:
-    """Rows of tables that belong to no structure here, with why.
+def checked(slices: list[Slice], settings: ProteinSettings) -> tuple[list[Slice], Counter[str]]:
+    """The slices with the digests of their tables, and the rows of those that belong to no structure here, with why.
 
     Raises:
         Refused: annotations that no structure has, a table that cannot be read, a column that it does not have.
@@ -61,17 +62,26 @@ def check_annotations(slices: Collection[Slice], settings: ProteinSettings) -> C
         if name is not None and not any(kind in piece.meta for piece in slices):
             where = "in the folder of a structure or above it" if kind == "table" else "beside any structure"
             raise Refused(f"{kind}={name} was given, and there is no such file {where}; leave it out or mend the name.")
-    names: dict[tuple[str, int], list[str]] = {}
+    names: dict[str, list[str]] = {}
     for piece in slices:
         if "table" in piece.meta:
             names.setdefault(_place(piece, "table"), []).extend(names_in(piece))
+    digests: dict[str, str] = {}
     strays: Counter[str] = Counter()
-    for (uri, size), here in names.items():
+    for uri, here in names.items():
         try:
-            strays += annotations.unknown_in(annotations.table_of(uri, size, settings.values), here)
+            digests[uri] = annotations.digest_of(annotations.text_of(uri))
+            strays += annotations.unknown_in(annotations.table_of(uri, digests[uri], settings.values), here)
         except UnreadableLabels as trouble:
             raise Refused(f"table={settings.table} was given, but it cannot be read: {trouble}.") from None
-    return strays
+    return [_with_digest(piece, digests) for piece in slices], strays
+
+
+def _with_digest(piece: Slice, digests: Mapping[str, str]) -> Slice:
+    if "table" not in piece.meta:
+        return piece
+    path, _ = piece.meta["table"]
+    return replace(piece, meta={**piece.meta, "table": [path, digests[_place(piece, "table")]]})
 
 
 def names_in(piece: Slice) -> list[str]:
@@ -93,10 +103,10 @@ def labels_of(
     labels = {label: np.full(len(chain), np.nan, np.float32) for label in settings.labels}
     unmatched = 0
     if "contacts" in piece.meta:
-        labels["contact"], lost = annotations.join_contacts(annotations.contacts_of(*_place(piece, "contacts")), chain)
+        labels["contact"], lost = annotations.join_contacts(annotations.contacts_of(_place(piece, "contacts")), chain)
         unmatched += lost
     if "strings" in piece.meta:
-        strings = annotations.strings_of(*_place(piece, "strings"))
+        strings = annotations.strings_of(_place(piece, "strings"))
         if place < len(strings):
             labels["secondary"], lost = annotations.join_string(strings[place], chain)
             unmatched += lost
@@ -114,11 +124,13 @@ def of_missing_chains(piece: Slice, name: str, chains: Collection[str], settings
 
 
 def _table(piece: Slice, settings: ProteinSettings) -> Table | None:
-    return annotations.table_of(*_place(piece, "table"), settings.values) if "table" in piece.meta else None
+    if "table" not in piece.meta:
+        return None
+    return annotations.table_of(_place(piece, "table"), piece.meta["table"][1], settings.values)
 
 
-def _place(piece: Slice, kind: str) -> tuple[str, int]:
-    """(URI, bytes) of the file that annotates a slice."""
-    path, size = piece.meta[kind]
+def _place(piece: Slice, kind: str) -> str:
+    """URI of the file that annotates a slice."""
+    path, _ = piece.meta[kind]
     scheme, mark, place = piece.uri.rpartition("://")
-    return scheme + mark + posixpath.normpath(posixpath.join(posixpath.dirname(place), path)), size
+    return scheme + mark + posixpath.normpath(posixpath.join(posixpath.dirname(place), path))

@@ -15,11 +15,12 @@ from pipelines import storage
 from pipelines.columns import padded, ragged_field
 from pipelines.corpora import Bad, Corpus, Filtered, Row, Slice, Survey
 from pipelines.corpora._protein_annotations import STRUCTURE, UnreadableLabels, stem_of
+from pipelines.corpora._protein_atoms import BACKBONE, UnreadableStructure
 from pipelines.corpora._protein_chains import Chain, chains_of
-from pipelines.corpora._protein_files import BACKBONE, MOST_FILE_BYTES, UnreadableStructure, models_of
+from pipelines.corpora._protein_files import MOST_FILE_BYTES, models_of
 from pipelines.corpora._protein_labels import (
     annotations_of,
-    check_annotations,
+    checked,
     folder_of,
     is_annotation,
     labels_of,
@@ -57,7 +58,8 @@ def survey(sources: list[str], settings: ProteinSettings) -> Survey:
         raise Refused(
             f"group=folder puts all of {', '.join(sources)} into one split, as it is one folder; use group=file."
         )
-    ignored.update(check_annotations(slices, settings))
+    slices, strays = checked(slices, settings)
+    ignored.update(strays)
     return Survey(slices, {"residues": list(RESIDUES)}, {reason: count for reason, count in ignored.items() if count})
 
 

@@ -160,8 +160,10 @@ def test_moving_a_corpus_changes_nothing_and_another_label_does(tmp_path: Path) 
 
     before = read(given(tmp_path / "one", files))
     assert read(given(tmp_path / "deep/er/two", files)) == before
-    changed = files | {"flex.csv": "file,chain,residue,rmsf,site\nx,A,1,2,1\n"}
-    assert read(given(tmp_path / "three", changed))[1] != before[1]
+    # Of the same size and in the same place: no process may remember the old ones.
+    for name, text in {"flex.csv": "file,chain,residue,rmsf,site\nx,A,1,2,1\n", "d/x.dssp": "EEEE\nEE\n"}.items():
+        given(tmp_path / "one", {**files, name: text})
+        assert read(tmp_path / "one")[1] != before[1]
 
 
 def test_tensors_of_labels_are_zero_where_there_is_none(tmp_path: Path) -> None:
