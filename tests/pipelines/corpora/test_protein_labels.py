@@ -166,6 +166,15 @@ def test_moving_a_corpus_changes_nothing_and_another_label_does(tmp_path: Path) 
         assert read(tmp_path / "one")[1] != before[1]
 
 
+def test_a_table_that_changed_after_the_survey_is_not_joined(tmp_path: Path) -> None:
+    header = "file,chain,residue,rmsf,site\n"
+    given(tmp_path, {"x.pdb": pdb(atoms()), "flex.csv": f"{header}x,A,1,1,1\n"})
+    survey = proteins.survey([str(tmp_path)], TABLE)
+    given(tmp_path, {"flex.csv": f"{header}x,A,1,3,1\n"})
+    [(_, found, _)] = proteins.read(survey.slices[0], survey.context, TABLE, lambda _: True)
+    assert found == Bad("x.pdb", "flex.csv changed while it was read")
+
+
 def test_tensors_of_labels_are_zero_where_there_is_none(tmp_path: Path) -> None:
     write_table(tmp_path / "flex.csv", ["file", "chain", "residue", "rmsf", "site"], [["x", "A", 2, 0.5, ""]])
     rows = rows_of(given(tmp_path, {"x.pdb": pdb(atoms())}), TABLE)

@@ -181,7 +181,7 @@ def a_structure() -> list[Atom]:
     """Three chains with gaps, negative numbers, insertion codes, missing O atoms, side chains and B-factors."""
     random = np.random.default_rng(0)
     atoms = []
-    for name, start in (("A", -3), ("B", 95), ("c", 1)):
+    for name, start in (("B", -3), ("A", 95), ("c", 1)):
         number = start
         for _ in range(30):
             kind = RESIDUES[random.integers(20)]
@@ -198,7 +198,7 @@ def test_chains_are_what_a_fixed_column_reader_sees(tmp_path: Path) -> None:
     text = pdb(a_structure())
     reference = by_columns(text)
     rows = rows_of(given(tmp_path, {"x.pdb": text}))
-    assert [row["chain"] for row in rows] == list(reference) == ["A", "B", "c"]
+    assert [row["chain"] for row in rows] == list(reference) == ["B", "A", "c"]
     for row in rows:
         agrees(row, reference[row["chain"]])
         assert (row["name"], row["model"], row["copy"], row["length"], row["notes"]) == ("x.pdb", 1, 0, 30, "")
@@ -279,7 +279,8 @@ def test_names_of_force_fields_are_read_in_atom_records_only(tmp_path: Path) -> 
 
 def test_a_name_that_no_dictionary_knows_is_unknown_where_it_has_a_backbone(tmp_path: Path) -> None:
     lipid = [Atom("N", "Q-7", 2), Atom("O", "Q-7", 2), Atom("C13", "Q-7", 2)]
-    assert letters(only(tmp_path, pdb([*residue(1, "Q-8"), *lipid]))) == "X"
+    given(tmp_path, {"x.pdb": pdb([*residue(1, "Q-8"), *lipid])})
+    assert [[letters(row) for row in rows_of(tmp_path, settings)] for settings in (SHORT, KEEP)] == [["X"], ["X"]]
 
 
 def test_what_is_no_protein_is_left_out_of_chains(tmp_path: Path) -> None:
@@ -436,11 +437,13 @@ def test_a_coordinate_that_is_no_number_is_a_missing_atom(tmp_path: Path, wrong:
 
 def test_optional_columns_of_mmcif_may_be_absent_or_say_nothing(tmp_path: Path) -> None:
     names = "group_PDB label_atom_id label_comp_id label_asym_id auth_seq_id label_seq_id Cartn_x Cartn_y Cartn_z"
-    rows = [["ATOM", a.name, a.residue, "Q", "?", str(a.number), *map(str, a.xyz)] for a in chain([4, 5])]
+    names += " occupancy B_iso_or_equiv"
+    rows = [["ATOM", a.name, a.residue, "Q", "?", str(a.number), *map(str, a.xyz), "?", "nan"] for a in chain([4, 5])]
     rows[1][6] = "?"  # CA of residue 4
     row = only(tmp_path, cif(rows, names.split()), KEEP, "x.cif")
     assert (row["chain"], row["numbers"].tolist(), row["model"]) == ("Q", [4, 5], 1)
     assert row["atoms"].tolist() == [[1, 0, 1, 1], [1, 1, 1, 1]]
+    assert row["b_factors"].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("name", ["Cartn_y", "group_PDB", "label_comp_id", "auth_seq_id"])
