@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.corpora import Bad, Row, Survey, proteins
+from pipelines.corpora import Bad, Row, Survey, _protein_annotations, proteins
 from pipelines.corpora.proteins import ProteinSettings
 from pipelines.errors import Refused
 from tests.pipelines.corpora.test_proteins import Atom, chain, given, pdb, residue, rows_of, stored, units
@@ -171,6 +171,7 @@ def test_a_table_that_changed_after_the_survey_is_not_joined(tmp_path: Path) -> 
     given(tmp_path, {"x.pdb": pdb(atoms()), "flex.csv": f"{header}x,A,1,1,1\n"})
     survey = proteins.survey([str(tmp_path)], TABLE)
     given(tmp_path, {"flex.csv": f"{header}x,A,1,3,1\n"})
+    _protein_annotations.table_of.cache_clear()  # as on another worker
     [(_, found, _)] = proteins.read(survey.slices[0], survey.context, TABLE, lambda _: True)
     assert found == Bad("x.pdb", "flex.csv changed while it was read")
 
