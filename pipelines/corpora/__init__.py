@@ -76,6 +76,11 @@ class Filtered:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """A unit that is kept in the row of another unit of its slice, as a streamline is in that of its chunk."""
+
+
+@dataclass(frozen=True)
 class Corpus:
     """One corpus kind. All callables are module-level functions."""
 
@@ -83,7 +88,8 @@ class Corpus:
     survey: Callable[[list[str], Any], Survey]
     """(source URIs, settings) -> Survey; Refused where a URI is missing or holds nothing of this kind."""
     read: Callable[
-        [Slice, Mapping[str, Any], Any, Callable[[int], bool]], Iterator[tuple[int, Row | Bad | Filtered, bytes]]
+        [Slice, Mapping[str, Any], Any, Callable[[int], bool]],
+        Iterator[tuple[int, Row | Bad | Filtered | Joined, bytes]],
     ]
     """(slice, survey context, settings, wanted) -> (unit, row or reason, fingerprint of its bytes) for wanted units.
 
