@@ -100,8 +100,8 @@ def _moved(stored: Sequence[tuple[int, np.ndarray]], affine: np.ndarray) -> Foun
     if not stored:
         return
     points = np.concatenate([values for _, values in stored]).astype(np.float64)
-    moved = points[:, :1] * affine[:3, 0] + points[:, 1:2] * affine[:3, 1] + points[:, 2:] * affine[:3, 2]
     with np.errstate(over="ignore", invalid="ignore"):
+        moved = points[:, :1] * affine[:3, 0] + points[:, 1:2] * affine[:3, 1] + points[:, 2:] * affine[:3, 2]
         world = (moved + affine[:3, 3]).astype(np.float32)
     first = 0
     for unit, values in stored:
