@@ -3,8 +3,6 @@
 import io
 import os
 import struct
-import threading
-import warnings
 import zipfile
 import zlib
 from collections import Counter
@@ -138,7 +136,9 @@ def is_zip(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    """Names that belong to a file system and hold no data, such as the `._AF.trk` that macOS puts into archives."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    return any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in parts)
 
 
 def why_ignored(name: str) -> str:
@@ -228,24 +228,3 @@ class Cutter:
         stop = int(self._ends[units - 1])
         self.cuts.append((self._start, stop - self._start, units))
         self._start, self._ends = stop, self._ends[units:]
-
-
-_ONE_AT_A_TIME = threading.Lock()
-
-
-@contextmanager
-def parsing(what: str) -> Iterator[None]:
-    """Around a library's header parser: no warnings, and only one kind of error.
-
-    What it warns of (no affine recorded, no voxel order) it also answers, with a default that every reader shares.
-    """
-    # Filters of warnings belong to the process, so threads must not change them at the same time.
-    with _ONE_AT_A_TIME, warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        except Unreadable:
-            raise
-        except Exception as error:
-            # A header may hold anything, and the parsers raise whatever their numpy calls do.
-            raise Unreadable(f"the header is not that of a {what} file ({type(error).__name__})") from None

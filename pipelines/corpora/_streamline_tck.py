@@ -1,12 +1,12 @@
 """MRtrix .tck: a text header, then float32 points in RAS mm; NaN NaN NaN ends a streamline, inf inf inf the file."""
 
-import io
+import re
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipelines.corpora._streamline_files import MOST_POINTS, Cut, Cutter, Found, Unreadable, Wanted, parsing
+from pipelines.corpora._streamline_files import MOST_POINTS, Cut, Cutter, Found, Unreadable, Wanted
 
 MOST_HEADER_BYTES = 1 << 20
 BLOCK_POINTS = 1 << 20
@@ -49,19 +49,22 @@ def read(file: BinaryIO, meta: Mapping[str, Any], units: int, wanted: Wanted) ->
 
 
 def _header(file: BinaryIO) -> tuple[int, str]:
-    """(first byte of data, byte order)."""
+    """(first byte of data, byte order). Defaults are nibabel's."""
     head = file.read(MOST_HEADER_BYTES)
     if not head.startswith(b"mrtrix tracks"):
         raise Unreadable("it does not begin as a .tck file does")
-    with parsing(".tck"):
-        from nibabel.streamlines.tck import TckFile
-
-        # Only the head is given: a file without line ends would be read whole as one line.
-        found = TckFile.load(io.BytesIO(head), lazy_load=True).header
-        first = int(found["_offset_data"])
-    if first < len(b"mrtrix tracks"):
+    end = re.search(rb"\nEND[ \t\r]*\n", head)
+    if end is None:
+        raise Unreadable("the file is cut off inside its header")
+    pairs = [line.partition(b":") for line in head[: end.start()].splitlines()[1:]]
+    told = {key.strip(): value.strip() for key, colon, value in pairs if colon}
+    kind, where = told.get(b"datatype", b"Float32LE"), told.get(b"file", b". %d" % end.end())
+    if kind not in (b"Float32", b"Float32LE", b"Float32BE"):
+        raise Unreadable("its numbers are not float32")
+    place = re.fullmatch(rb"\.\s+(\d{1,18})", where)
+    if place is None:
         raise Unreadable("the header points outside the file")
-    return first, ">" if found["datatype"].endswith("BE") else "<"
+    return int(place[1]), ">" if kind.endswith(b"BE") else "<"
 
 
 def _scan(file: BinaryIO, first: int, size: int, order: str, cutter: Cutter) -> str | None:

@@ -1,13 +1,12 @@
 """TrackVis .trk: a header of 1,000 bytes, then for each streamline a count, points with scalars, and properties."""
 
-import io
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
-from pipelines.corpora._streamline_files import MOST_POINTS, Cut, Cutter, Found, Unreadable, Wanted, parsing
+from pipelines.corpora._streamline_files import MOST_POINTS, Cut, Cutter, Found, Unreadable, Wanted
 
 HEADER_BYTES = 1000
 WALK_ABOVE = 16 << 20
@@ -115,26 +114,45 @@ def _header(file: BinaryIO) -> Header:
         raise Unreadable("it does not begin as a .trk file does")
     if len(head) < HEADER_BYTES:
         raise Unreadable("the file is cut off inside its header")
-    with parsing(".trk"):
-        from nibabel.streamlines.trk import TrkFile, get_affine_trackvis_to_rasmm
+    # nibabel's reader of whole files would begin to read streamlines, too.
+    from nibabel.streamlines.trk import header_2_dtype
 
-        found = TrkFile.load(io.BytesIO(head), lazy_load=True).header
-        recorded, voxels = found["voxel_to_rasmm"], found["voxel_sizes"]
-        if (
-            not np.isfinite(recorded).all()
-            or abs(np.linalg.det(recorded.astype(np.float64))) < 1e-12
-            or not all(voxels)
-        ):
-            raise Unreadable("the header's affine is singular")
-        affine = get_affine_trackvis_to_rasmm(found)
-    if not np.isfinite(affine).all():
-        raise Unreadable("the header's affine is singular")
+    order: Literal["<", ">"] = "<" if head[-4:] == struct.pack("<i", HEADER_BYTES) else ">"
+    found = np.frombuffer(head, header_2_dtype.newbyteorder(order))[0]
+    if found["hdr_size"] != HEADER_BYTES or found["version"] not in (1, 2, 3):
+        raise Unreadable("its header is of no known version")
     scalars, properties = int(found["nb_scalars_per_point"]), int(found["nb_properties_per_streamline"])
-    if min(scalars, properties, int(found["nb_streamlines"])) < 0:
+    streamlines = int(found["nb_streamlines"])
+    if min(scalars, properties, streamlines) < 0:
         raise Unreadable("the header holds negative counts")
-    order = "<" if found["endianness"] == "<" else ">"
-    values = [float(value) for value in affine.ravel()]
-    return Header(int(found["nb_streamlines"]), 3 + scalars, properties, order, values)
+    return Header(streamlines, 3 + scalars, properties, order, [float(value) for value in _affine(found).ravel()])
+
+
+def _affine(header: np.void) -> np.ndarray:
+    """What brings stored coordinates to RAS mm, [4, 4]. What the header leaves out is what nibabel takes it for."""
+    from nibabel.orientations import aff2axcodes
+    from nibabel.streamlines.trk import get_affine_trackvis_to_rasmm
+
+    recorded = header["voxel_to_rasmm"].astype(np.float32)
+    if header["version"] == 1 or recorded[3, 3] == 0:
+        recorded = np.eye(4, dtype=np.float32)
+    fields = {
+        "voxel_to_rasmm": recorded,
+        "voxel_sizes": header["voxel_sizes"].astype(np.float32),
+        "voxel_order": np.bytes_(header["voxel_order"] or b"LPS"),
+        "dimensions": header["dimensions"],
+    }
+    sizes = np.array([recorded.ravel().sum(), *fields["voxel_sizes"]], np.float64)
+    if not np.isfinite(sizes).all() or not sizes[1:].all() or np.linalg.matrix_rank(recorded) < 4:
+        raise Unreadable("the header's affine is singular")
+    try:
+        with np.errstate(all="ignore"):
+            affine = get_affine_trackvis_to_rasmm(fields) if None not in aff2axcodes(recorded) else None
+    except (ValueError, KeyError, IndexError, np.linalg.LinAlgError):
+        raise Unreadable("the header's voxel order is none") from None
+    if affine is None or not np.isfinite(affine).all():
+        raise Unreadable("the header's affine is singular")
+    return affine
 
 
 def _walk(file: BinaryIO, size: int, header: Header, cutter: Cutter) -> str | None:
