@@ -127,7 +127,7 @@ def ingest(
     return IngestResult(
         out,
         manifest.digest,
-        manifest.rows(),
+        manifest.units.kept,
         manifest.units.quarantined,
         manifest.units.filtered,
         skipped,
@@ -203,8 +203,7 @@ def _finish(
     _write_quarantine(records, out)
     bad = sum(len(record["bad"]) for record in records)
     shards = tuple(ShardRecord(**shard) for record in records for shard in record["shards"])
-    # A row may hold several units.
-    kept = sum(shard.rows for shard in shards) + sum(record["joined"] for record in records)
+    kept = sum(shard.rows for shard in shards)
     if bad > max_bad_fraction * (kept + bad):
         raise Failed(_too_bad(records, out))
     filtered: Counter[str] = Counter(survey.ignored)
@@ -254,8 +253,7 @@ def _reasons(records: list[Record]) -> str:
 
 def _too_bad(records: list[Record], out: str) -> str:
     bad = sum(len(record["bad"]) for record in records)
-    rows = sum(shard["rows"] for record in records for shard in record["shards"])
-    looked = bad + rows + sum(record["joined"] for record in records)
+    looked = bad + sum(shard["rows"] for record in records for shard in record["shards"])
     return (
         f"{bad} of {looked} units looked at could not be read ({bad / looked:.1%}), more than max_bad_fraction allows: "
         f"{_reasons(records)}. They are listed in {storage.join(out, QUARANTINE)}. "
@@ -267,8 +265,7 @@ def _summary(manifest: Manifest) -> str:
     units = manifest.units
     left_out = "".join(f", {count} left out ({reason})" for reason, count in sorted(units.filtered.items()))
     splits = ", ".join(f"{split} {manifest.rows(split)}" for split in SPLITS)
-    rows = f"{units.kept} in {manifest.rows()}" if units.kept != manifest.rows() else units.kept
-    return f"{units.read} units: {rows} rows ({splits}), {units.quarantined} quarantined{left_out}"
+    return f"{units.read} units: {units.kept} rows ({splits}), {units.quarantined} quarantined{left_out}"
 
 
 def _tell(line: str) -> None:

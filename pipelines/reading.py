@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.corpora import NOT_TEST, Bad, Corpus, CorpusSettings, Filtered, Joined, Row, Slice
+from pipelines.corpora import NOT_TEST, Bad, Corpus, CorpusSettings, Filtered, Row, Slice
 from pipelines.errors import Failed
 from pipelines.manifest import SPLITS
 from pipelines.parts import Record
@@ -54,7 +54,7 @@ def read_part(
 
     Returns:
         shards; bad: [source, unit, reason]; filtered: setting -> count; sources: [name, start, stop, kept, quarantined,
-        fingerprint of all units' fingerprints]; joined: units kept in the row of another.
+        fingerprint of all units' fingerprints].
     """
     account = _Account()
     schema = corpus.schema(settings)
@@ -74,7 +74,6 @@ def read_part(
         "bad": account.bad,
         "filtered": dict(account.filtered),
         "sources": account.sources,
-        "joined": account.joined,
     }
 
 
@@ -85,7 +84,6 @@ class _Account:
         self.bad: list[list[Any]] = []
         self.filtered: Counter[str] = Counter()
         self.sources: list[list[Any]] = []
-        self.joined = 0
 
     def open(self, piece: Slice) -> None:
         self.kept = 0
@@ -124,9 +122,6 @@ def _units(
             account.quarantine(found.source, piece.start + unit, found.reason)
         elif isinstance(found, Filtered):
             account.filtered[found.setting] += 1
-        elif isinstance(found, Joined):
-            account.joined += 1
-            account.kept += 1
         else:
             yield unit, found
     if came != expected:

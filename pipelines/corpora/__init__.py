@@ -76,11 +76,6 @@ class Filtered:
 
 
 @dataclass(frozen=True)
-class Joined:
-    """A unit that is kept in the row of another unit of its slice, as a streamline is in that of its chunk."""
-
-
-@dataclass(frozen=True)
 class Corpus:
     """One corpus kind. All callables are module-level functions."""
 
@@ -88,8 +83,7 @@ class Corpus:
     survey: Callable[[list[str], Any], Survey]
     """(source URIs, settings) -> Survey; Refused where a URI is missing or holds nothing of this kind."""
     read: Callable[
-        [Slice, Mapping[str, Any], Any, Callable[[int], bool]],
-        Iterator[tuple[int, Row | Bad | Filtered | Joined, bytes]],
+        [Slice, Mapping[str, Any], Any, Callable[[int], bool]], Iterator[tuple[int, Row | Bad | Filtered, bytes]]
     ]
     """(slice, survey context, settings, wanted) -> (unit, row or reason, fingerprint of its bytes) for wanted units.
 
