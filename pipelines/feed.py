@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from pipelines import corpora
+from pipelines.columns import values_of
 from pipelines.errors import Refused
 from pipelines.groups import GroupPlan
 from pipelines.manifest import Manifest
 from pipelines.plan import Plan
 from pipelines.recipe import Batch, Settings, Stage
-from pipelines.shards import ShardReader, values_of
+from pipelines.shards import ShardReader
 from vqcore.reduction import resolve
 
 

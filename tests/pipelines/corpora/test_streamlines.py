@@ -14,12 +14,13 @@ import torch
 
 from jobs import cli
 from pipelines import corpora, ingest
+from pipelines.columns import batch_of, values_of
 from pipelines.corpora import NOT_TEST, Bad, Filtered, Joined, Row, streamlines
 from pipelines.corpora._streamline_shapes import along, resampled
 from pipelines.corpora.streamlines import StreamlineSettings
 from pipelines.errors import Failed, Refused
 from pipelines.options import validated
-from pipelines.shards import ShardReader, batch_of, values_of
+from pipelines.shards import ShardReader
 from tests.pipelines.corpora.test_streamline_formats import as_tck, as_trk, lines
 
 SINGLE = StreamlineSettings(num_points=8)
@@ -369,7 +370,7 @@ def test_a_dirty_folder_is_ingested_to_one_digest_and_every_streamline_is_accoun
     counts = {row["source"]: sum(other["source"] == row["source"] for other in quarantined) for row in quarantined}
     assert counts == {"s1/CST.tck": 1, "s2/AF.trk": lost - 2, "s2/text.trk": 1}
     assert made["one"]["rows"] == reader.rows() == 4 + 3 + -(-(20 - lost + 2) // 8)
-    assert f"{73 - 1 - lost} in {reader.rows()} rows" in said.err
+    assert f"{73 - 1 - lost} kept in {reader.rows()} rows" in said.err
     seen = streamlines.tensors(values_of(reader.take("all", np.arange(reader.rows()))), CHUNKS)
     assert int(seen["real"].sum()) == units.kept == 73 - 1 - lost
     assert corpora.names().count("streamlines") == 1
