@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from jobs import cli
-from pipelines import corpora, ingest
+from pipelines import corpora, ingest, storage
 from pipelines.columns import batch_of, values_of
 from pipelines.corpora import NOT_TEST, Bad, Filtered, Joined, Row, streamlines
 from pipelines.corpora._streamline_shapes import along, resampled
@@ -315,6 +315,23 @@ def test_nothing_to_read_is_refused_and_what_is_no_streamline_is_counted(tmp_pat
     write(tmp_path, {"empty.trk": as_trk([]), "empty.tck": as_tck([]), "AF.trk": as_trk(lines(1))})
     ignored = streamlines.survey([str(tmp_path)], SINGLE).ignored
     assert ignored == {"hidden file": 1, "not a streamline file (.txt)": 1, "no streamline in it": 2}
+
+
+def test_a_bucket_is_read_as_a_folder_is(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.corpora._streamline_trk.WALK_ABOVE", 0)
+    files = {"s1/AF.trk": as_trk(lines(9)), "s2/AF.tck": as_tck(lines(9))}
+    for name, data in files.items():
+        storage.write_atomic(f"{bucket}/raw/{name}", data)
+    survey = streamlines.survey([f"{bucket}/raw"], SINGLE)
+    there = [
+        outcome.values
+        for piece in survey.slices
+        for _, outcome, _ in streamlines.read(piece, survey.context, SINGLE, lambda _: True)
+        if isinstance(outcome, Row)
+    ]
+    here = [row.values for row in rows_of(read_all(write(tmp_path, files)))]
+    assert [row["name"] for row in there] == [row["name"] for row in here]
+    assert np.array_equal([row["points"] for row in there], [row["points"] for row in here])
 
 
 def test_without_nibabel_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
