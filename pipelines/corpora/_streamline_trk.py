@@ -13,6 +13,8 @@ WALK_ABOVE = 16 << 20
 """Smaller files are one slice on their header's word. Larger ones are walked from count to count to find where slices
 begin, and that reads them once more (about 1 GB/s from a local disk)."""
 BLOCK = 8 << 20
+MOST_LISTED = 100_000
+"""Lost streamlines of a walked file that are a unit each; of more, quarantine rows would fill the memory."""
 POINTS_AT_ONCE = 1 << 15
 CUT_OFF = "the file is cut off before this streamline"
 NEGATIVE = "damaged: a streamline of a negative number of points"
@@ -50,10 +52,12 @@ def cuts(file: BinaryIO, size: int, most_bytes: int, multiple: int) -> list[Cut]
     found = [Cut(units, length, {**meta, "first": first, "bytes": length}) for first, length, units in cutter.close()]
     missing = header.streamlines - cutter.units if header.streamlines else int(trouble is not None)
     if missing > 0:
-        # Each lost streamline is a unit, unless the promise is itself the damage.
-        believed = header.streamlines <= room
-        reason = (trouble or CUT_OFF) if believed else "its header promises more streamlines than it has room for"
-        found.append(Cut(missing if believed else 1, 0, {"reason": reason}))
+        reason = trouble or CUT_OFF
+        if header.streamlines > room:
+            missing, reason = 1, "its header promises more streamlines than it has room for"
+        elif missing > MOST_LISTED:
+            missing, reason = 1, f"{reason}, as are {missing - 1:,} after it"
+        found.append(Cut(missing, 0, {"reason": reason}))
     return found
 
 

@@ -181,11 +181,13 @@ def test_a_large_tck_is_cut_where_streamlines_end(tmp_path: Path) -> None:
 
 
 def test_tck_is_what_nibabel_reads_and_its_count_is_not_believed(tmp_path: Path) -> None:
-    points = lines()
-    points.insert(3, np.empty((0, 3), np.float32))
-    data = as_tck(points, mrtrix_version="3.0.4", command_history="tckgen in.mif out.tck")
-    start = data.index(b"count: ") + len(b"count: ")
-    (tmp_path / "a.tck").write_bytes(changed(data, start, b"0000000003"))
+    data = as_tck(lines(), mrtrix_version="3.0.4", command_history="tckgen in.mif out.tck")
+    data = changed(data, data.index(b"count: ") + len(b"count: "), b"0000000003")
+    # Two ends of streamlines one after the other, and one before the first: streamlines without points.
+    behind = data.index(b"END\n") + 4 + 12 * len(lines()[0])
+    data = data[:behind] + data[behind : behind + 12] + data[behind:]
+    data = data[: data.index(b"END\n") + 4] + data[behind : behind + 12] + data[data.index(b"END\n") + 4 :]
+    (tmp_path / "a.tck").write_bytes(data)
     check(found_in(tmp_path), nib.streamlines.load(tmp_path / "a.tck").streamlines)
     check(found_in(tmp_path), lines())
 
@@ -350,6 +352,43 @@ def test_a_trk_cut_off_anywhere_keeps_what_is_whole_and_counts_what_is_lost(tmp_
         else:
             # Without a promise, a file that ends where a streamline does is whole.
             assert len(lost) == (length not in ends)
+
+
+@pytest.mark.parametrize("block", range(1, 14))
+def test_where_blocks_end_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(tck, "BLOCK_POINTS", block)
+    monkeypatch.setattr(trk, "WALK_ABOVE", 0)
+    monkeypatch.setattr(trk, "BLOCK", 4 * block)
+    (tmp_path / "a.trk").write_bytes(TRK)
+    (tmp_path / "b.tck").write_bytes(as_tck(lines()))
+    check(found_in(tmp_path), lines() + lines())
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("block", [7, 1000])
+def test_a_streamline_of_more_points_than_any_has_ends_what_can_be_read(tmp_path, monkeypatch, block: int) -> None:
+    """Else one of a billion points would be read into memory whole."""
+    monkeypatch.setattr(tck, "BLOCK_POINTS", block)
+    for kind in (trk, tck):
+        monkeypatch.setattr(kind, "MOST_POINTS", 50)
+    points = [*lines(3), np.ones((51, 3), np.float32), *lines(2)]
+    (tmp_path / "a.trk").write_bytes(as_trk(points))
+    (tmp_path / "b.tck").write_bytes(as_tck(points))
+    found = found_in(tmp_path)
+    check(found[:3] + found[6:9], lines(3) + lines(3))
+    assert reasons(found) == ["damaged: a streamline of more than 50 points"] * 4
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_very_many_lost_streamlines_are_one_unit_that_says_how_many(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(trk, "MOST_LISTED", 8)
+    for whole, expected in ((3, "before this streamline, as are 8 after it"), (4, "before this streamline")):
+        end = 1000 + sum(4 + 12 * len(one) for one in lines()[:whole])
+        (tmp_path / "a.trk").write_bytes(TRK[: end + 8])
+        found = found_in(tmp_path)
+        check(found[:whole], lines()[:whole])
+        assert reasons(found) == [f"the file is cut off {expected}"] * len(found[whole:])
+        assert len(found[whole:]) == {3: 1, 4: 8}[whole]
 
 
 def test_a_promise_of_two_billion_streamlines_is_one_bad_unit(tmp_path: Path) -> None:

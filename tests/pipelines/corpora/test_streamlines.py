@@ -74,6 +74,12 @@ def test_resampling_is_linear_interpolation_over_arc_length_and_keeps_the_ends(n
         assert np.array_equal(found[[0, -1]], points[[0, -1]])
 
 
+def test_the_last_point_is_kept_where_its_step_is_lost_in_the_sum() -> None:
+    points = np.array([[1e5, 0, 0], [0, 0, 0], [1e-12, 0, 0]], np.float32)
+    assert along(points)[1] == along(points)[2]
+    assert np.array_equal(resampled(points, along(points), 5)[[0, -1]], points[[0, -1]])
+
+
 def test_points_of_a_resampled_line_lie_at_equal_distances_whatever_it_was_made_of() -> None:
     places = np.array([0, 1e-6, 1e-6, 3, 3.5, 40, 90, 90])
     line = (np.array([1, 2, 3]) + places[:, None] * np.array([0.36, 0.48, 0.8])).astype(np.float32)
