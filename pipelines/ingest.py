@@ -98,6 +98,7 @@ def ingest(
     _check_request(sources, out, limit, max_bad_fraction, holdout)
     corpus = corpora.load(kind)
     survey = corpus.survey(list(sources), settings)
+    settings = settings.model_copy(update=survey.settings)
     units = sum(piece.stop - piece.start for piece in survey.slices)
     if not units:
         raise Refused(

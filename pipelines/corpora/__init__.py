@@ -47,6 +47,8 @@ class Survey:
     """JSON values shared by all slices: class names, the layout that was recognised."""
     ignored: dict[str, int] = field(default_factory=dict)
     """Reason -> number of files that are not units of this corpus (counted as filtered)."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings that follow from the data (the length of vectors): the ingest goes on with them, and keeps them."""
 
 
 @dataclass(frozen=True)
