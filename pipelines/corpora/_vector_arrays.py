@@ -79,7 +79,8 @@ class Found:
     """JSON values that reader needs."""
     there: int
     """Samples that are really there; fewer than the shape says where the file is cut off."""
-    slice_bytes: int = SLICE_BYTES
+    coarse: bool = False
+    """Whether reaching a range of samples means reading what lies around it, so that slices had better be few."""
 
     @classmethod
     def of_json(cls, value: Mapping[str, Any]) -> "Found":

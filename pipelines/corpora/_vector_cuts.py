@@ -9,7 +9,7 @@ import numpy as np
 
 from pipelines.corpora import Slice
 from pipelines.corpora import _vector_tables as tables
-from pipelines.corpora._vector_arrays import MOST_NUMBERS, Array, Found, official, split_word
+from pipelines.corpora._vector_arrays import MOST_NUMBERS, SLICE_BYTES, WHOLE_BYTES, Array, Found, official, split_word
 from pipelines.corpora._vector_files import Chosen, File
 from pipelines.corpora._vector_settings import VectorSettings
 from pipelines.errors import Refused
@@ -142,7 +142,7 @@ def _cuts(array: Found, form: Form) -> Iterator[tuple[int, int, int, dict[str, A
         yield from tables.cuts(array)
         return
     size = array.sample_bytes
-    step = max(1, array.slice_bytes // size)
+    step = max(1, (WHOLE_BYTES if array.coarse else SLICE_BYTES) // size)
     for first, last in ((0, array.there), (array.there, form.samples)):
         for low in range(first, last, step):
             high = min(low + step, last)

@@ -12,7 +12,6 @@ from pipelines import storage
 from pipelines.corpora._vector_arrays import (
     CHUNK_BYTES,
     SLICE_BYTES,
-    WHOLE_BYTES,
     Array,
     Block,
     Blocks,
@@ -86,8 +85,7 @@ def raw(key: str, head: tuple[tuple[int, ...], str, str, int], size: int, base: 
     shape, dtype, order, header = head
     offset = base + header
     place: dict[str, Any] = {"offset": offset, "order": order}
-    coarse = WHOLE_BYTES if order == "F" else SLICE_BYTES
-    found = Found(key, shape, dtype, "raw", place, shape[0] if shape else 0, coarse)
+    found = Found(key, shape, dtype, "raw", place, shape[0] if shape else 0, coarse=order == "F")
     wanted, have = math.prod(shape) * item_bytes(dtype), max(0, size - offset)
     if have >= wanted:
         return found

@@ -104,7 +104,7 @@ def read_parquet(uri: str, found: Found, start: int, stop: int, needed: Needed) 
     try:
         with storage.open_read(uri) as file:
             # Buffered, so that a column chunk of a gigabyte is not in memory as a whole.
-            parquet = pq.ParquetFile(file, buffer_size=CHUNK_BYTES)
+            parquet = pq.ParquetFile(file, buffer_size=CHUNK_BYTES, page_checksum_verification=True)
             for batch in parquet.iter_batches(step, [found.place["group"]], columns):
                 high = min(low + batch.num_rows, stop)
                 first = max(low, start)

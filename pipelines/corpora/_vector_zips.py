@@ -8,7 +8,6 @@ from typing import IO, Any
 from pipelines import storage
 from pipelines.corpora._vector_arrays import (
     CHUNK_BYTES,
-    WHOLE_BYTES,
     Block,
     Blocks,
     Found,
@@ -25,6 +24,8 @@ MOST_RATIO = 200
 """Deflate can reach 1,032; numbers that shrink this much are a bomb or hold next to nothing."""
 FREE_BYTES = 64 << 20
 """Below this, any ratio is let pass: an array of zeros is no danger."""
+MOST_FORTRAN = 256 << 20
+"""A deflated array in Fortran order is inflated as a whole for every slice."""
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 # zipfile: RuntimeError for what is encrypted, NotImplementedError for methods it does not know.
 DAMAGE = (
@@ -82,10 +83,10 @@ def _member(archive: zipfile.ZipFile, file: IO[bytes], info: zipfile.ZipInfo, en
         raise Unreadable("a member is shorter than its own header promises")
     if info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size:
         return raw(key, head, entry.bytes, _data_offset(file, info))
-    if found.place["order"] == "F" and info.file_size > WHOLE_BYTES:
+    if found.place["order"] == "F" and info.file_size > MOST_FORTRAN:
         raise Unreadable("a deflated array in Fortran order of more than 256 MiB: save it in C order")
     place = {**found.place, "member": info.filename}
-    return Found(key, found.shape, found.dtype, "deflated", place, found.there, WHOLE_BYTES)
+    return Found(key, found.shape, found.dtype, "deflated", place, found.there, coarse=True)
 
 
 def _data_offset(file: IO[bytes], info: zipfile.ZipInfo) -> int:
