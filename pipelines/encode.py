@@ -12,13 +12,14 @@ import torch
 
 from pipelines import corpora, registry, storage, trained
 from pipelines.claims import claim
+from pipelines.columns import tensor_array, values_of
 from pipelines.errors import Failed, Refused
 from pipelines.export import export_parquet
 from pipelines.feed import as_seen, to_batch
 from pipelines.manifest import Manifest, ShardRecord, Units, describe, is_finished, load_manifest, save_manifest
 from pipelines.parts import Part, Record, run_parts
 from pipelines.recipe import Batch
-from pipelines.shards import ShardReader, ShardWriter, tensor_array, values_of
+from pipelines.shards import ShardReader, ShardWriter
 from pipelines.trained import Trained
 
 CODES = "codes"

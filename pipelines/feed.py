@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from pipelines import corpora
+from pipelines.columns import values_of
 from pipelines.manifest import Manifest
 from pipelines.plan import Plan
 from pipelines.recipe import Batch, Settings, Stage
-from pipelines.shards import ShardReader, values_of
+from pipelines.shards import ShardReader
 from vqcore.reduction import resolve
 
 

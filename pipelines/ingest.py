@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipelines import cluster, corpora, recipe, registry, storage
 from pipelines.claims import claim
-from pipelines.corpora import CorpusSettings, Slice, Survey
+from pipelines.corpora import Corpus, CorpusSettings, Slice, Survey
 from pipelines.errors import Failed, Refused
 from pipelines.export import export_parquet
 from pipelines.manifest import (
@@ -29,6 +29,7 @@ from pipelines.options import validated
 from pipelines.parts import Part, Record, run_parts
 from pipelines.reading import Selection, read_part
 from pipelines.shards import check_holdout
+from pipelines.tables import record_of, write_tables
 from vqcore.bundle import read_card
 
 REQUEST = "ingest.json"
@@ -119,8 +120,12 @@ def ingest(
         selection = Selection(units, limit, holdout)
         work = partial(read_part, corpus, settings, survey.context, selection, out)
         check = _StopIfHopeless(max_bad_fraction * selection.wanted_before(units), out)
-        found = run_parts(_cut(survey.slices), work, out, label="ingest", unit="units", check=check)
-        _finish(kind, corpus.schema(settings), request, survey, found, max_bad_fraction, out)
+        tables = _side_tables(corpus, sources, settings, max_bad_fraction, out)
+        setup = partial(corpus.setup, settings) if corpus.setup else None
+        gpus = corpus.gpus(settings) if setup else 0
+        parts = _cut(survey.slices)
+        found = run_parts(parts, work, out, label="ingest", unit="units", setup=setup, gpus=gpus, check=check)
+        _finish(kind, corpus.schema(settings), request, survey, found, tables, max_bad_fraction, out)
     manifest = load_manifest(out)
     if parquet:
         export_parquet(out)
@@ -172,7 +177,14 @@ def _cut(slices: Sequence[Slice]) -> list[Part]:
         parts[-1].append([first, asdict(piece)])
         size += piece.bytes
         first += piece.stop - piece.start
-    return [Part(sum(piece["stop"] - piece["start"] for _, piece in part), part) for part in parts]
+    return [
+        Part(sum(piece["stop"] - piece["start"] for _, piece in part), part, _named(part[0][1], part[-1][1]))
+        for part in parts
+    ]
+
+
+def _named(first: dict[str, Any], last: dict[str, Any]) -> str:
+    return f"{first['name']} unit {first['start']} to {last['name']} unit {last['stop'] - 1}"
 
 
 class _StopIfHopeless:
@@ -188,7 +200,23 @@ class _StopIfHopeless:
         self.bad += len(record["bad"])
         if self.bad > self.allowed:
             _write_quarantine(self.records, self.out)
-            raise Failed(_too_bad(self.records, self.out))
+            raise Failed(_too_bad(self.records, _looked(self.records), "units", self.out))
+
+
+def _side_tables(
+    corpus: Corpus, sources: list[str], settings: CorpusSettings, max_bad_fraction: float, out: str
+) -> list[Record]:
+    """The corpus's further tables, written and checked before the parts, which take longer."""
+    if corpus.tables is None:
+        return []
+    records = write_tables(corpus.tables(sources, settings), out)
+    for record in records:
+        units = record["units"]
+        looked = units["kept"] + units["quarantined"]
+        if units["quarantined"] > max_bad_fraction * looked:
+            _write_quarantine(records, out)
+            raise Failed(_too_bad([record], looked, f"rows of the table {record['name']!r}", out))
+    return records
 
 
 def _finish(
@@ -197,16 +225,17 @@ def _finish(
     request: dict[str, Any],
     survey: Survey,
     records: list[Record],
+    tables: list[Record],
     max_bad_fraction: float,
     out: str,
 ) -> None:
-    """Side tables, checks over all parts, and the manifest that makes it all exist."""
-    _write_quarantine(records, out)
+    """Checks over all parts, and the manifest that makes it all exist."""
+    _write_quarantine([*records, *tables], out)
     bad = sum(len(record["bad"]) for record in records)
     shards = tuple(ShardRecord(**shard) for record in records for shard in record["shards"])
     kept = sum(shard.rows for shard in shards)
     if bad > max_bad_fraction * (kept + bad):
-        raise Failed(_too_bad(records, out))
+        raise Failed(_too_bad(records, kept + bad, "units", out))
     filtered: Counter[str] = Counter(survey.ignored)
     for record in records:
         filtered.update(record["filtered"])
@@ -223,6 +252,7 @@ def _finish(
         units=Units(kept + bad + filtered.total(), kept, bad, dict(filtered)),
         sources=_write_table(read, names, storage.join(out, SOURCES)),
         context=survey.context,
+        tables=tuple(record_of(table) for table in tables),
     )
     storage.remove_staged(out)
     save_manifest(manifest, out)
@@ -252,12 +282,16 @@ def _reasons(records: list[Record]) -> str:
     return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
 
 
-def _too_bad(records: list[Record], out: str) -> str:
+def _looked(records: list[Record]) -> int:
+    """Units that were kept or bad, of records of parts."""
+    return sum(len(record["bad"]) + sum(shard["rows"] for shard in record["shards"]) for record in records)
+
+
+def _too_bad(records: list[Record], looked: int, what: str, out: str) -> str:
     bad = sum(len(record["bad"]) for record in records)
-    looked = bad + sum(shard["rows"] for record in records for shard in record["shards"])
     return (
-        f"{bad} of {looked} units looked at could not be read ({bad / looked:.1%}), more than max_bad_fraction allows: "
-        f"{_reasons(records)}. They are listed in {storage.join(out, QUARANTINE)}. "
+        f"{bad} of {looked} {what} looked at could not be read ({bad / looked:.1%}), more than max_bad_fraction "
+        f"allows: {_reasons(records)}. They are listed in {storage.join(out, QUARANTINE)}. "
         "Mend the sources and use a new --out, or run this again with a larger --max-bad-fraction; what was made stays."
     )
 

@@ -1,5 +1,7 @@
 """The engine of ingest, encode and decode: one Ray Data task a part, each leaving a record when it is done.
 
+Parts that share something costly (a language model, a trained bundle) run in actors, each of which makes it once.
+
 A record is the last thing a part writes, so an interrupted run redoes only the parts without one, and a part that is
 tried twice overwrites its own files with the same bytes.
 """
@@ -8,6 +10,7 @@ import json
 import logging
 import sys
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +22,10 @@ from tqdm import tqdm
 
 from pipelines import cluster, storage
 from pipelines.errors import Failed, Refused
+
+TRIES = 4
+"""How often a run begins a part. Ray Data begins it again whenever its worker dies, for ever: a file that kills who
+reads it (out of memory, a crash in a library) would never end."""
 
 Record = dict[str, Any]
 Work = Callable[..., Record]
@@ -33,6 +40,8 @@ class Part:
     """What the progress bar counts: files, rows ..."""
     payload: Any = None
     """JSON value. What all parts share belongs into `work` (functools.partial)."""
+    about: str = ""
+    """What it reads, for messages."""
 
 
 def run_parts(
@@ -43,14 +52,16 @@ def run_parts(
     label: str,
     unit: str,
     setup: partial[Any] | None = None,
+    gpus: float = 0,
     check: Callable[[Record], None] | None = None,
 ) -> list[Record]:
     """Do every part that has no record below `out`/parts yet; all records, in part order.
 
     Args:
         work: a module-level function (or partial of one) returning a JSON record.
-        setup: a partial of a module-level function that makes what all parts of a process share (a loaded bundle);
-            equal partials give it once a process.
+        setup: a partial of a module-level function that makes what all parts of an actor share (a loaded bundle).
+            Each actor makes it once, and computes with one torch thread: results do not depend on how many CPUs are.
+        gpus: CUDA devices of an actor; only where there is a setup.
         check: sees every record, found or new, and may raise to stop the run.
 
     Raises:
@@ -63,7 +74,7 @@ def run_parts(
     missing = [number for number in range(len(parts)) if number not in records]
     if missing:
         cluster.connect()
-        cluster.require_free_cpu()
+        cluster.require_free_cpu(gpus=gpus)
     bar = tqdm(
         total=sum(part.units for part in parts),
         initial=sum(parts[number].units for number in records),
@@ -73,7 +84,7 @@ def run_parts(
         disable=not missing,
     )
     with bar:
-        for number, record in _finished({n: parts[n] for n in missing}, work, setup, out):
+        for number, record in _finished({n: parts[n] for n in missing}, work, setup, gpus, out):
             records[number] = record
             bar.update(parts[number].units)
             if check:
@@ -88,56 +99,96 @@ def record_uri(out: str, part: int) -> str:
 class _Task:
     """One part on a worker. Our own errors travel as values: raised, they would come back in Ray's stack trace."""
 
-    def __init__(self, work: Work, setup: partial[Any] | None, out: str) -> None:
-        self.work, self.setup, self.out = work, setup, out
+    def __init__(self, work: Work, out: str, run: str) -> None:
+        self.work, self.out, self.run = work, out, run
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         part = int(row["part"])
+        name = f"part {part} ({row['about']})" if row["about"] else f"part {part}"
+        mark = record_uri(self.out, part).removesuffix(".json") + ".begun"
         try:
-            state = (_kept(self.setup),) if self.setup else ()
-            record = self.work(part, json.loads(row["payload"]), *state)
+            self._begin(mark, name)
+            record = self.work(part, json.loads(row["payload"]), *self.shared())
         except (Refused, Failed) as error:
             return {"part": part, "error": type(error).__name__, "text": str(error)}
         except Exception as error:
             # A bug, or a library's own error. The driver raises it as Failed; the trace would be lost on the way.
-            told = [f"part {part} ended with {type(error).__name__}: {error}", traceback.format_exc()]
+            told = [f"{name} ended with {type(error).__name__}: {error}", traceback.format_exc()]
             return {"part": part, "error": "other", "text": json.dumps(told)}
         storage.write_json_atomic(record_uri(self.out, part), record)
+        storage.remove(mark)
         return {"part": part, "error": "", "text": json.dumps(record)}
 
+    def _begin(self, mark: str, name: str) -> None:
+        """Count the times this run began the part: whoever dies in it leaves nothing but this."""
+        before = storage.read_json(mark) if storage.exists(mark) else {}
+        times = before["times"] + 1 if before.get("run") == self.run else 1
+        if times > TRIES:
+            raise Failed(
+                f"{name} ended {TRIES} worker processes: memory ran out, or a library crashed on what it reads. "
+                "Finished parts are kept; run this again to go on, without the file that does it."
+            )
+        storage.write_json_atomic(mark, {"run": self.run, "times": times})
 
-_STATES: dict[str, Any] = {}
+    def shared(self) -> tuple[Any, ...]:
+        """What `work` takes after the part."""
+        return ()
 
 
-def _kept(setup: partial[Any]) -> Any:
-    """What `setup` makes, made once a process; only the newest is kept."""
-    name = f"{setup.func.__module__}.{setup.func.__qualname__}{setup.args}{setup.keywords}"
-    if name not in _STATES:
-        _STATES.clear()
-        _STATES[name] = setup()
-    return _STATES[name]
+class _Actor(_Task):
+    """Parts in one process, which makes what they share with the first one: its errors travel as values too."""
+
+    def __init__(self, work: Work, out: str, run: str, setup: partial[Any]) -> None:
+        super().__init__(work, out, run)
+        self.setup = setup
+        self.made: tuple[Any, ...] = ()
+
+    def shared(self) -> tuple[Any, ...]:
+        if not self.made:
+            import torch
+
+            torch.set_num_threads(1)
+            self.made = (self.setup(),)
+        return self.made
 
 
 def _finished(
-    todo: Mapping[int, Part], work: Work, setup: partial[Any] | None, out: str
+    todo: Mapping[int, Part], work: Work, setup: partial[Any] | None, gpus: float, out: str
 ) -> Iterator[tuple[int, Record]]:
     """Records as their parts finish, in any order."""
     if not todo:
         return
     import ray.data
 
-    items = [{"part": number, "payload": json.dumps(part.payload)} for number, part in todo.items()]
+    items = [{"part": n, "payload": json.dumps(part.payload), "about": part.about} for n, part in todo.items()]
+    run = uuid.uuid4().hex
     with _quiet():
         # One block a part: a block is Ray Data's unit of scheduling and of retry.
         blocks = ray.data.from_items(items, override_num_blocks=len(items))
-        results = blocks.map(_Task(work, setup, out), num_cpus=1)
+        if setup is None:
+            results = blocks.map(_Task(work, out, run), num_cpus=1)
+        else:
+            # One part at a time: a second one would wait behind it while another actor has nothing to do.
+            pool = ray.data.ActorPoolStrategy(
+                min_size=1,
+                max_size=len(items),
+                initial_size=min(len(items), max(1, cluster.cpus())),
+                max_tasks_in_flight_per_actor=1,
+            )
+            results = blocks.map(
+                _Actor,
+                fn_constructor_args=(work, out, run, setup),
+                compute=pool,
+                num_cpus=1,
+                num_gpus=gpus or None,
+            )
         try:
             for row in results.iter_rows():
                 if row["error"]:
                     raise _raised(row["error"], row["text"])
                 yield int(row["part"]), json.loads(row["text"])
         except ray.exceptions.RayError as error:
-            # What kills a worker process: out of memory, a lost node, a segmentation fault.
+            # What Ray does not do again by itself.
             raise Failed(f"a worker was lost: {error}. Finished parts are kept; run this again to go on.") from error
 
 

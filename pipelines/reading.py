@@ -2,18 +2,19 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from pipelines.columns import batch_of
 from pipelines.corpora import NOT_TEST, Bad, Corpus, CorpusSettings, Filtered, Row, Slice
 from pipelines.errors import Failed
 from pipelines.manifest import SPLITS
 from pipelines.parts import Record
-from pipelines.shards import ShardWriter, batch_of, split_of
+from pipelines.shards import ShardWriter, split_of
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 16 * 2**20
@@ -33,6 +34,10 @@ class Selection:
         """Whether unit `unit` of all is taken: `limit` of them, spread evenly."""
         return self.wanted_before(unit + 1) > self.wanted_before(unit)
 
+    def wanted_from(self, first: int) -> Callable[[int], bool]:
+        """`wanted` for the units of a slice whose first one is `first` of all."""
+        return lambda unit: self.wanted(first + unit)
+
     def wanted_before(self, unit: int) -> int:
         """How many of the units [0, unit) are taken."""
         if self.limit is None or self.limit >= self.units:
@@ -49,8 +54,12 @@ def read_part(
     out: str,
     part: int,
     payload: list[Any],
+    *shared: Any,
 ) -> Record:
     """Read the slices of one part ([number of the first unit, slice fields] each) and write its shards to `out`.
+
+    Args:
+        shared: what the corpus's setup made, where it has one.
 
     Returns:
         shards; bad: [source, unit, reason]; filtered: setting -> count; sources: [name, start, stop, kept, quarantined,
@@ -62,7 +71,8 @@ def read_part(
         for first, fields in payload:
             piece = Slice(**fields)
             account.open(piece)
-            units = _units(corpus, settings, context, selection, first, piece, account)
+            found = corpus.read(piece, context, settings, selection.wanted_from(first), *shared)
+            units = _units(found, selection, first, piece, account)
             for some in _grouped(units):
                 batch, good = _fitting(some, schema, piece, account)
                 splits = np.array([SPLITS.index(_split(row, selection.holdout, piece)) for row in good], np.int8)
@@ -99,9 +109,7 @@ class _Account:
 
 
 def _units(
-    corpus: Corpus,
-    settings: CorpusSettings,
-    context: Mapping[str, Any],
+    found: Iterable[tuple[int, Row | Bad | Filtered, bytes]],
     selection: Selection,
     first: int,
     piece: Slice,
@@ -111,19 +119,19 @@ def _units(
     count = piece.stop - piece.start
     expected = selection.wanted_before(first + count) - selection.wanted_before(first)
     last, came = -1, 0
-    for unit, found, fingerprint in corpus.read(piece, context, settings, lambda unit: selection.wanted(first + unit)):
+    for unit, row, fingerprint in found:
         if not last < unit < count or not selection.wanted(first + unit):
             raise Failed(
                 f"{piece.name}: its corpus gave unit {unit} after {last} of {count}; it was not asked for there."
             )
         last, came = unit, came + 1
         account.hash.update(b"%d %d " % (unit, len(fingerprint)) + fingerprint)
-        if isinstance(found, Bad):
-            account.quarantine(found.source, piece.start + unit, found.reason)
-        elif isinstance(found, Filtered):
-            account.filtered[found.setting] += 1
+        if isinstance(row, Bad):
+            account.quarantine(row.source, piece.start + unit, row.reason)
+        elif isinstance(row, Filtered):
+            account.filtered[row.setting] += 1
         else:
-            yield unit, found
+            yield unit, row
     if came != expected:
         raise Failed(f"{piece.name}: its corpus gave {came} of {expected} units without saying why; none may vanish.")
     if count > expected:
@@ -147,7 +155,9 @@ def _grouped(units: Iterable[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]
 def _weight(value: Any) -> int:
     if isinstance(value, np.ndarray):
         return value.nbytes
-    return len(value) if isinstance(value, bytes | str) else 8
+    if isinstance(value, bytes | str):
+        return len(value)
+    return 8 * len(value) if isinstance(value, list | tuple) else 8
 
 
 def _fitting(

@@ -1,11 +1,11 @@
 """Shards: immutable Arrow IPC files of one record batch each, memory-mapped and read by row number.
 
 Every shard has `row_id` int64 (part x 2^28 + index in the part: unique in its manifest) and `split` int8 before the
-corpus's own columns. Tensors are Arrow's fixed_shape_tensor, so any Arrow reads them.
+corpus's own columns. Tensors are Arrow's fixed_shape_tensor and ragged ones lists, so any Arrow reads them.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from types import TracebackType
 from typing import Any
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
 from pipelines import storage
-from pipelines.errors import Failed, Refused
+from pipelines.columns import tensor_array
+from pipelines.errors import Failed, Refused, nearest_names
 from pipelines.manifest import SPLITS, Manifest, ShardRecord, check_split, load_manifest
 
 ROWS_PER_PART = 2**28
@@ -41,50 +41,6 @@ def check_holdout(holdout: float) -> None:
         raise Refused(
             f"holdout={holdout} was given; it is the share of groups for valid and again for test: 0 <= holdout < 0.5."
         )
-
-
-def batch_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
-    """Values -> one record batch. Tensor columns take arrays of exactly their shape; only floats are rounded.
-
-    Raises:
-        Failed: a value does not fit its column; the message names the column.
-    """
-    columns = []
-    for item in schema:
-        values = [row[item.name] for row in rows]
-        try:
-            if isinstance(item.type, pa.FixedShapeTensorType):
-                columns.append(tensor_array(_stacked(values, item.type), item.type))
-            else:
-                columns.append(pa.array(values, item.type))
-        except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError, ArithmeticError) as error:
-            raise Failed(f"column {item.name!r} ({item.type}) got a value that does not fit: {error}") from error
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
-
-
-def tensor_array(values: npt.NDArray[Any], kind: pa.FixedShapeTensorType) -> pa.ExtensionArray:
-    """[N, *shape] -> N tensors of that Arrow type, without a copy where `values` is contiguous."""
-    flat = pa.array(np.ascontiguousarray(values).reshape(-1), kind.value_type)
-    return pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays(flat, type=kind.storage_type))
-
-
-def to_tensor(column: pa.Array) -> torch.Tensor:
-    """A tensor or number column of a batch from `ShardReader` as [N, *shape], without a copy."""
-    if isinstance(column.type, pa.FixedShapeTensorType):
-        return torch.from_dlpack(column.storage.flatten()).view(len(column), *column.type.shape)
-    return torch.from_dlpack(column)
-
-
-def values_of(batch: pa.RecordBatch) -> dict[str, Any]:
-    """Column -> numpy array [N, *shape] for tensors and numbers, without a copy; a list of values for all others."""
-
-    def dense(column: pa.Array) -> bool:
-        kind = column.type
-        number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-        return isinstance(kind, pa.FixedShapeTensorType) or (number and not column.null_count)
-
-    columns = zip(batch.schema.names, batch.columns, strict=True)
-    return {name: to_tensor(column).numpy() if dense(column) else column.to_pylist() for name, column in columns}
 
 
 class ShardWriter:
@@ -212,6 +168,18 @@ class ShardReader:
         for first in range(start, stop, rows):
             yield self.take(split, np.arange(first, min(first + rows, stop)))
 
+    def table(self, name: str) -> pa.Table:
+        """A side table, memory-mapped: zero-copy and read-only.
+
+        Raises:
+            Refused: there is none of that name.
+            Failed: its content is not what the manifest recorded.
+        """
+        records = {table.name: table for table in self.manifest.tables}
+        if name not in records:
+            raise Refused(f"{self.uri} has no table {name!r}; {nearest_names(name, records)}.")
+        return pa.ipc.open_file(self._mapped(records[name].file, records[name].sha256)).read_all()
+
     def shard(self, index: int) -> pa.RecordBatch:
         """One shard, memory-mapped: zero-copy and read-only.
 
@@ -220,20 +188,25 @@ class ShardReader:
         """
         if index not in self._batches:
             record = self.manifest.shards[index]
-            uri = storage.join(self.uri, record.name)
-            path = storage.local_copy(uri, record.sha256)
-            _check_digest(uri, str(path), record.sha256)
-            self._batches[index] = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+            self._batches[index] = pa.ipc.open_file(self._mapped(record.name, record.sha256)).get_batch(0)
         return self._batches[index]
+
+    def _mapped(self, name: str, sha256: str) -> pa.MemoryMappedFile:
+        uri = storage.join(self.uri, name)
+        path = storage.local_copy(uri, sha256)
+        _check_digest(uri, str(path), sha256)
+        return pa.memory_map(str(path))
 
     def _check_presence(self) -> None:
         found = {entry.name: entry.bytes for entry in storage.list_files(self.uri)}
-        for shard in self.manifest.shards:
-            if shard.name not in found:
-                raise Refused(f"shard {shard.name} of {self.uri} is missing; restore it, or ingest into a new --out.")
-            if found[shard.name] != shard.bytes:
+        expected = [("shard", shard.name, shard.bytes) for shard in self.manifest.shards]
+        expected += [("table", table.file, table.bytes) for table in self.manifest.tables]
+        for what, name, size in expected:
+            if name not in found:
+                raise Refused(f"{what} {name} of {self.uri} is missing; restore it, or ingest into a new --out.")
+            if found[name] != size:
                 raise Refused(
-                    f"shard {shard.name} of {self.uri} has {found[shard.name]} bytes instead of {shard.bytes}; "
+                    f"{what} {name} of {self.uri} has {found[name]} bytes instead of {size}; "
                     "restore it, or ingest into a new --out."
                 )
 
@@ -292,7 +265,7 @@ def _check_digest(uri: str, path: str, sha256: str) -> None:
     if found != sha256:
         storage.forget_copy(uri, sha256)
         raise Failed(
-            f"{uri} has sha256 {found}, but the manifest recorded {sha256}: the shard is damaged. "
+            f"{uri} has sha256 {found}, but the manifest recorded {sha256}: it is damaged. "
             "Restore it from a copy, or ingest into a new --out."
         )
     _checked.add((uri, sha256))
@@ -300,18 +273,3 @@ def _check_digest(uri: str, path: str, sha256: str) -> None:
 
 def _count(shard: ShardRecord, split: str) -> int:
     return shard.rows if split == "all" else shard.splits[split]
-
-
-def _stacked(values: list[Any], kind: pa.FixedShapeTensorType) -> npt.NDArray[Any]:
-    dtype = np.dtype(kind.value_type.to_pandas_dtype())
-    shape = tuple(kind.shape)
-    arrays = [np.asarray(value) for value in values]
-    for array in arrays:
-        if array.shape != shape:
-            raise ValueError(f"shape {array.shape}, not {shape}")
-    stacked = np.stack(arrays) if arrays else np.empty((0, *shape), dtype)
-    with np.errstate(over="raise", invalid="raise"):
-        cast = stacked.astype(dtype, copy=False)
-    if dtype.kind != "f" and not np.array_equal(cast, stacked):
-        raise ValueError(f"{stacked.dtype} values that {dtype} cannot hold")
-    return cast

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from jobs import cli
-from pipelines.shards import ShardReader, split_of, values_of
+from pipelines.columns import values_of
+from pipelines.shards import ShardReader, split_of
 from tests.pipelines.loops import TINY
 
 pytestmark = pytest.mark.usefixtures("ray_instance")

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from pipelines import loop, tracking, trained
+from pipelines.columns import values_of
 from pipelines.encode import decode, encode, smallest_integer
 from pipelines.errors import Failed, Refused
 from pipelines.evaluate import evaluate
 from pipelines.feed import Feed, as_seen, to_batch
-from pipelines.shards import ShardReader, values_of
+from pipelines.shards import ShardReader
 from tests.pipelines.loops import make_shards, spec_of
 from vqcore import metrics
 

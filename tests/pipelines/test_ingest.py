@@ -14,12 +14,15 @@ import pyarrow.parquet as parquet
 import pytest
 
 from pipelines import corpora, ingest, storage
+from pipelines.columns import to_tensor
+from pipelines.corpora import SideTable
 from pipelines.errors import Failed, Refused
 from pipelines.ingest import IngestResult
-from pipelines.manifest import load_manifest
+from pipelines.manifest import Units, load_manifest
 from pipelines.reading import Selection, read_part
-from pipelines.shards import ShardReader, split_of, to_tensor
-from tests.pipelines.tiny_corpus import TinySettings, corpus
+from pipelines.shards import ShardReader, split_of
+from pipelines.tables import write_tables
+from tests.pipelines.tiny_corpus import TinySettings, corpus, logged, modelled
 
 FILES = 6
 LINES = 50
@@ -30,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("ray_instance")
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests' corpus under the name `tiny`, and parts of one file each."""
-    monkeypatch.setattr(corpora, "load", lambda kind: {"tiny": corpus}[kind])
+    monkeypatch.setattr(corpora, "load", {"tiny": corpus, "modelled": modelled, "logged": logged}.__getitem__)
     monkeypatch.setattr(ingest, "LEAST_PART_BYTES", 1)
 
 
@@ -42,8 +45,8 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def run(source: Path, out: object, settings: TinySettings | None = None, **rest) -> IngestResult:
-    return ingest.ingest("tiny", [str(source)], str(out), settings=settings or TinySettings(), **rest)
+def run(source: Path, out: object, settings: TinySettings | None = None, kind: str = "tiny", **rest) -> IngestResult:
+    return ingest.ingest(kind, [str(source)], str(out), settings=settings or TinySettings(), **rest)
 
 
 def quarantined(out: Path) -> list[tuple[str, int, str]]:
@@ -214,7 +217,10 @@ def test_nothing_kept_is_a_failure_that_says_why(source: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("vanish", r"a/0\.txt: .* 50 of 51 units"), ("crash", "part 0 ended with ZeroDivisionError: a bug in the corpus")],
+    [
+        ("vanish", r"a/0\.txt: .* 50 of 51 units"),
+        ("crash", r"part 0 \(a/0\.txt unit 0 to a/0\.txt unit 50\) ended with ZeroDivisionError: a bug"),
+    ],
 )
 def test_a_bug_in_a_corpus_is_a_failure_that_names_it(line: str, words: str, source: Path, tmp_path: Path) -> None:
     with (source / "a/0.txt").open("a") as file:
@@ -258,6 +264,59 @@ def test_requests_that_make_no_sense_are_refused_before_anything_is_written(sour
     storage.write_atomic(str(out / "thesis.tex"), b"")
     with pytest.raises(Refused, match="holds other files"):
         run(source, out)
+
+
+def test_a_model_is_loaded_once_an_actor_and_a_killed_one_is_replaced(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "diary").mkdir()
+    with (source / "a/2.txt").open("a") as file:
+        file.write("\nkill\n")
+    settings = TinySettings(diary=str(tmp_path / "diary"), scale=2.0)
+    done = run(source, tmp_path / "out", settings, kind="modelled")
+    assert (done.rows, done.quarantined) == (FILES * LINES, 1)
+    marks = [path.name for path in (tmp_path / "diary").iterdir()]
+    assert "killed" in marks
+    loads = [name.split(".")[1] for name in marks if name.startswith("load.")]
+    assert len(loads) == len(set(loads)) <= 5  # Four actors, and one in place of the killed.
+    taken = ShardReader(str(tmp_path / "out")).take("all", np.arange(done.rows))
+    assert np.array_equal(to_tensor(taken.column("vector"))[:, 0, 0].numpy(), np.tile(2 * np.arange(LINES), FILES))
+    assert {text.split()[1] for text in taken.column("text").to_pylist()} == {"1"}
+    assert run(source, tmp_path / "again", settings, kind="modelled").digest == done.digest
+
+
+def test_side_tables_are_kept_beside_the_shards_with_units_of_their_own(source: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.inter"
+    log.write_text("u1 30\nu2 10\ntest 5\nu1\nu1 20\n")
+    settings = TinySettings(log=str(log))
+    with pytest.raises(Failed, match=r"1 of 4 rows of the table 'log' looked at could not be read .*1 x no time"):
+        run(source, tmp_path / "out", settings, kind="logged")
+    assert quarantined(tmp_path / "out") == [("log", 3, "no time")]
+    assert list((tmp_path / "out").glob("shard*")) == []
+    done = run(source, tmp_path / "out", settings, kind="logged", max_bad_fraction=0.25)
+    assert (done.rows, done.quarantined) == (FILES * LINES, 0)
+    reader = ShardReader(str(tmp_path / "out"))
+    (record,) = reader.manifest.tables
+    assert (record.name, record.rows, record.units) == ("log", 3, Units(5, 3, 1, {"test user": 1}))
+    assert record.sha256 == storage.sha256_of_file(tmp_path / "out/log.arrow")
+    assert reader.table("log").to_pydict() == {"user": ["u2", "u1", "u1"], "time": [10, 20, 30]}
+    assert quarantined(tmp_path / "out") == [("log", 3, "no time")]
+    with pytest.raises(Refused, match="no table 'logs'; did you mean 'log'"):
+        reader.table("logs")
+    assert run(source, tmp_path / "two", settings, kind="logged", max_bad_fraction=0.25).digest == done.digest
+    data = bytearray((tmp_path / "two/log.arrow").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "two/log.arrow").write_bytes(data)
+    with pytest.raises(Failed, match=r"two/log\.arrow.*it is damaged"):
+        ShardReader(str(tmp_path / "two")).table("log")
+    (tmp_path / "out/log.arrow").unlink()
+    with pytest.raises(Refused, match=r"table log\.arrow of .* is missing"):
+        ShardReader(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["sources", "quarantine", "../log", "Log", "shard", "twice"])
+def test_a_table_cannot_take_the_name_of_another_file(name: str, tmp_path: Path) -> None:
+    made = [SideTable("twice", pa.table({})), SideTable(name, pa.table({}))]
+    with pytest.raises(Failed, match=f"a corpus named a table '{name}'"):
+        write_tables(iter(made), str(tmp_path))
 
 
 @pytest.mark.parametrize(("units", "limit"), [(1, 1), (7, 3), (300, 7), (100, 99), (10, 10), (10, 50), (97, None)])

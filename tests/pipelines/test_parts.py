@@ -76,6 +76,13 @@ def test_a_setup_that_refuses_is_heard(tmp_path: Path) -> None:
         run([1], tmp_path, counting.add, setup=partial(counting.refuse_to_load))
 
 
+def test_a_part_that_kills_every_worker_ends_in_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(Failed, match=r"part 1 ended 4 worker processes: .*run this again to go on, without the file"):
+        run([0, 0], tmp_path, counting.die_always)
+    with pytest.raises(Failed, match="part 1 ended 4 worker processes"):
+        run([0, 0], tmp_path, counting.die_always, setup=partial(counting.load, str(tmp_path)))
+
+
 def test_a_part_whose_worker_dies_is_done_again(tmp_path: Path) -> None:
     records = run([0, 0, 0], tmp_path, partial(counting.die_once, str(tmp_path)))
     assert [record["part"] for record in records] == [0, 1, 2]

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from pipelines import shards, storage
+from pipelines.columns import batch_of, to_tensor
 from pipelines.errors import Failed, Refused
 from pipelines.manifest import SPLITS, Manifest, Units, describe, save_manifest
-from pipelines.shards import ROWS_PER_PART, ShardReader, ShardWriter, batch_of, split_of, to_tensor
+from pipelines.shards import ROWS_PER_PART, ShardReader, ShardWriter, split_of
 
 SCHEMA = pa.schema(
     {
@@ -163,7 +164,7 @@ def test_a_flipped_byte_is_found_at_the_first_touch_and_only_there(tmp_path: Pat
     victim.write_bytes(data)
     reader = ShardReader(str(tmp_path))
     reader.take("all", np.arange(manifest.shards[0].rows))
-    with pytest.raises(Failed, match=f"{victim}.*the shard is damaged"):
+    with pytest.raises(Failed, match=f"{victim}.*it is damaged"):
         reader.take("all", np.array([manifest.shards[0].rows]))
 
 
