@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipelines import storage
+from pipelines.columns import bfloat16_bits, bfloat16_field, bfloat16_of
 from pipelines.corpora import Bad, Corpus, Row, Slice, Survey
 from pipelines.corpora import _vector_cuts as cuts
 from pipelines.corpora import _vector_files as files
@@ -193,15 +194,16 @@ def _stored(rows: Array, dtype: str) -> tuple[Array, npt.NDArray[np.bool_]]:
         values = np.ascontiguousarray(rows, np.float16 if dtype == "float16" else np.float32)
     if dtype == "bfloat16":
         rounded = torch.from_numpy(values).bfloat16()
-        finite = rounded.isfinite().flatten(1).all(1).numpy()
-        return rounded.view(torch.int16).numpy().view(np.uint16), finite
+        return bfloat16_bits(rounded), rounded.isfinite().flatten(1).all(1).numpy()
     return values, np.isfinite(values).reshape(len(values), -1).all(1)
 
 
 def schema(settings: VectorSettings) -> pa.Schema:
-    kind = pa.fixed_shape_tensor(pa.from_numpy_dtype(settings.stored), settings.shape)
-    said = {"dtype": "bfloat16"} if settings.dtype == "bfloat16" else None
-    return pa.schema([pa.field("vector", kind, metadata=said), pa.field("label", pa.int32())])
+    if settings.dtype == "bfloat16":
+        vector = bfloat16_field("vector", settings.shape)
+    else:
+        vector = pa.field("vector", pa.fixed_shape_tensor(pa.from_numpy_dtype(settings.stored), settings.shape))
+    return pa.schema([vector, pa.field("label", pa.int32())])
 
 
 def shapes(settings: VectorSettings) -> dict[str, list[int] | None]:
@@ -211,9 +213,8 @@ def shapes(settings: VectorSettings) -> dict[str, list[int] | None]:
 def tensors(stored: dict[str, Any], settings: VectorSettings) -> dict[str, Tensor]:
     """Vectors [B, D] (or [B, L, D]) in the type they are kept in, and their labels (-1: none)."""
     vectors = stored["vector"]
-    if settings.dtype == "bfloat16":
-        vectors = torch.from_numpy(vectors.view(np.int16)).view(torch.bfloat16)
-    return {"vector": torch.as_tensor(vectors), "label": torch.from_numpy(stored["label"])}
+    made = bfloat16_of(vectors) if settings.dtype == "bfloat16" else torch.from_numpy(vectors)
+    return {"vector": made, "label": torch.from_numpy(stored["label"])}
 
 
 def write_files(columns: dict[str, Tensor], stems: list[str], directory: str, settings: VectorSettings) -> None:
@@ -234,4 +235,6 @@ corpus = Corpus(
     shapes=shapes,
     tensors=tensors,
     write_files=write_files,
+    setup=setup,
+    gpus=gpus,
 )

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipelines.columns import batch_of
 from pipelines.corpora import Bad, Row, Slice, Survey, vectors
 from pipelines.corpora.vectors import VectorSettings
-from pipelines.shards import batch_of
 
 
 class Read(NamedTuple):
