@@ -65,9 +65,11 @@ def survey_draws(sources: list[str], settings: VectorSettings) -> Survey:
     network, layer = _loaded(entry.uri, settings)
     made = _kept(network, layer, 0, settings)
     places, dim = made.shape[1:]
-    samples_as_rows = settings.rows == "samples" and settings.pool == "none" and settings.position is None
+    samples_as_rows = settings.rows == "samples" and settings.pool == "positions" and settings.position is None
     if settings.position is not None and settings.position >= places:
-        raise Refused(f"position={settings.position} was given; layer {layer} has {places} positions (with pool=none).")
+        raise Refused(
+            f"position={settings.position} was given; layer {layer} has {places} positions (with pool=positions)."
+        )
     each = 1 if samples_as_rows or settings.position is not None else places
     if settings.dim not in (None, dim):
         raise Refused(f"layer {layer} of {entry.name} gives vectors of {dim}, but {settings.dim} was asked for.")

@@ -32,6 +32,8 @@ OPENERS: dict[str, Callable[[Entry], list[Found]]] = {
     ".safetensors": of_safetensors,
 }
 ALLOWED = ", ".join(OPENERS)
+MOST_TOLD = 12
+"""Arrays of a file that a message lists; a network's weights can be a thousand."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def _sort_container(file: File, settings: VectorSettings, out: Sorted) -> None:
 
 def _vectors_of(file: File, arrays: list[Found], key: str | None) -> list[Found]:
     """The array with that key; else the only one of several axes, of floats where others are not; else one a split."""
-    listed = ", ".join(f"{found.key or '(unnamed)'} {list(found.shape)} {found.dtype}" for found in arrays) or "none"
+    listed = _listed(arrays)
     if key is not None and [found.key for found in arrays] != [""]:
         if not (named := [found for found in arrays if found.key == key]):
             raise Refused(f"{file.name} has no array {key!r}; there are: {listed}. Set key= to one of them.")
@@ -181,6 +183,12 @@ def _vectors_of(file: File, arrays: list[Found], key: str | None) -> list[Found]
     if len(able) > 1 and not (len(parts) == 1 and all(split_word("", found.key) for found in able)):
         raise Refused(f"several arrays of {file.name} could be the vectors: {listed}. Set key= to one of them.")
     return able
+
+
+def _listed(arrays: list[Found]) -> str:
+    told = [f"{found.key or '(unnamed)'} {list(found.shape)} {found.dtype}" for found in arrays[:MOST_TOLD]]
+    more = [f"{len(arrays) - MOST_TOLD:,} more"] if len(arrays) > MOST_TOLD else []
+    return ", ".join(told + more) or "none"
 
 
 def _stem(file: File) -> str:

@@ -85,7 +85,7 @@ def raw(key: str, head: tuple[tuple[int, ...], str, str, int], size: int, base: 
     shape, dtype, order, header = head
     offset = base + header
     place: dict[str, Any] = {"offset": offset, "order": order}
-    found = Found(key, shape, dtype, "raw", place, shape[0] if shape else 0, coarse=order == "F")
+    found = Found(key, shape, dtype, "raw", place, shape[0] if shape else 0)
     wanted, have = math.prod(shape) * item_bytes(dtype), max(0, size - offset)
     if have >= wanted:
         return found
@@ -133,16 +133,16 @@ def read_raw(uri: str, found: Found, start: int, stop: int, needed: Needed) -> B
     Raises:
         Unreadable: the bytes are no longer there.
     """
-    if found.place["order"] == "F":
-        if needed(start, stop):
-            yield Block(start, _read_fortran(uri, found, start, stop))
-        return
     size = found.sample_bytes
+    whole = _read_fortran(uri, found, start, stop) if found.place["order"] == "F" and needed(start, stop) else None
     # From a store, a slice is one request.
     step = max(1, (CHUNK_BYTES if storage.is_local(uri) else SLICE_BYTES) // size)
     for low in range(start, stop, step):
         high = min(low + step, stop)
         if not needed(low, high):
+            continue
+        if whole is not None:
+            yield Block(low, whole[low - start : high - start])
             continue
         data = storage.read_bytes(uri, found.place["offset"] + low * size, found.place["offset"] + high * size)
         if len(data) < (high - low) * size:
@@ -153,13 +153,11 @@ def read_raw(uri: str, found: Found, start: int, stop: int, needed: Needed) -> B
 def _read_fortran(uri: str, found: Found, start: int, stop: int) -> Array:
     """The first axis runs fastest, so a range of samples is one run of bytes for every number of a sample."""
     # Thousands of short reads: from a store, the whole file once is cheaper.
-    local, item = str(storage.local_copy(uri)), item_bytes(found.dtype)
-    numbers = math.prod(found.shape[1:])
+    local, run = str(storage.local_copy(uri)), (stop - start) * item_bytes(found.dtype)
+    runs = memoryview(bytearray(math.prod(found.shape[1:]) * run))
     with storage.open_read(local) as file:
-        runs = []
-        for number in range(numbers):
-            file.seek(found.place["offset"] + (number * found.shape[0] + start) * item)
-            runs.append(file.read((stop - start) * item))
-    if len(whole := b"".join(runs)) < numbers * (stop - start) * item:
-        raise Unreadable("the file became shorter while it was read")
-    return viewed(whole, found.dtype, (stop - start, *found.shape[1:]), order="F")
+        for number in range(math.prod(found.shape[1:])):
+            file.seek(found.place["offset"] + (number * found.shape[0] + start) * item_bytes(found.dtype))
+            if file.readinto(runs[number * run : (number + 1) * run]) < run:  # type: ignore[attr-defined]
+                raise Unreadable("the file became shorter while it was read")
+    return viewed(runs, found.dtype, (stop - start, *found.shape[1:]), order="F")

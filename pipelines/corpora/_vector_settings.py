@@ -33,7 +33,7 @@ class VectorSettings(CorpusSettings):
         ge=1,
         description="with generator: whose output is kept; default dcgan 1 (4 x 4 maps), mapping its last (w)",
     )
-    pool: Literal["mean", "none"] = Field("mean", description="with generator: a map's mean, or a vector a position")
+    pool: Literal["mean", "positions"] = Field("mean", description="with generator: a map's mean, or all its vectors")
     seed: int = Field(0, description="with generator: sample n is a function of (seed, n)")
     device: Literal["cpu", "cuda"] = Field("cpu", description="with generator: where it runs")
 

@@ -59,11 +59,11 @@ def test_rows_are_the_pooled_first_maps(weights: Path, network: DCGANGenerator) 
 def test_any_layer_position_by_position(layer: int, weights: Path, network: DCGANGenerator) -> None:
     with torch.no_grad():
         maps = network.features(z_of(150), layer).flatten(2).transpose(1, 2).numpy()
-    found = read(weights, layer=layer, pool="none", **DRAW)
+    found = read(weights, layer=layer, pool="positions", **DRAW)
     assert np.allclose(found.values, maps.reshape(-1, maps.shape[2]), atol=1e-6)
     assert len({row.group for row in found.rows}) == 150
-    assert np.allclose(read(weights, layer=layer, pool="none", rows="samples", **DRAW).values, maps, atol=1e-6)
-    assert np.allclose(read(weights, layer=layer, pool="none", position=3, **DRAW).values, maps[:, 3], atol=1e-6)
+    assert np.allclose(read(weights, layer=layer, pool="positions", rows="samples", **DRAW).values, maps, atol=1e-6)
+    assert np.allclose(read(weights, layer=layer, pool="positions", position=3, **DRAW).values, maps[:, 3], atol=1e-6)
 
 
 def test_slices_limits_and_more_samples_change_no_bit(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
