@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 
 from pipelines import storage
 from pipelines.corpora import _vector_tables as tables
+from pipelines.corpora._sources import is_hidden, why_ignored
 from pipelines.corpora._vector_arrays import (
     SPLIT_WORDS,
     Found,
@@ -73,11 +74,8 @@ def looked_into(source: str, prefix: str, ignored: Counter[str]) -> Iterator[Fil
     """The files of a source that can hold vectors, with what their heads say."""
     for entry in storage.list_files(source):
         suffix = PurePosixPath(entry.name).suffix.lower()
-        if any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(entry.name).parts):
-            ignored["hidden file"] += 1
-        elif suffix not in OPENERS:
-            known = len(suffix) <= 6 and suffix[1:].isalnum() and not suffix[1:].isdigit()
-            ignored[f"not a file of vectors ({suffix if known else 'no suffix'})"] += 1
+        if is_hidden(entry.name) or suffix not in OPENERS:
+            ignored[why_ignored(entry.name, "a file of vectors")] += 1
         else:
             yield _looked(entry, prefix, suffix)
 

@@ -3,7 +3,6 @@
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from pipelines.columns import bfloat16_bits, bfloat16_field, bfloat16_of
 from pipelines.corpora import Bad, Corpus, Row, Slice, Survey
 from pipelines.corpora import _vector_cuts as cuts
 from pipelines.corpora import _vector_files as files
+from pipelines.corpora._sources import prefixes
 from pipelines.corpora._vector_arrays import Array, Block, Blocks, Found, Needed, Unreadable
 from pipelines.corpora._vector_draws import Networks, read_draws, survey_draws
 from pipelines.corpora._vector_raw import read_raw
@@ -45,7 +45,7 @@ def survey(sources: list[str], settings: VectorSettings) -> Survey:
     ignored: Counter[str] = Counter()
     looked = [
         file
-        for source, prefix in zip(sources, _prefixes(sources), strict=True)
+        for source, prefix in zip(sources, prefixes(sources), strict=True)
         for file in files.looked_into(source, prefix, ignored)
     ]
     found = files.sort_out(looked, settings)
@@ -71,14 +71,6 @@ def survey(sources: list[str], settings: VectorSettings) -> Survey:
     slices = cuts.slices_of(forms) + [cuts.unreadable(file, reason) for file, reason in broken]
     slices.sort(key=lambda piece: (piece.name, piece.start))
     return Survey(slices, {}, dict(ignored), cuts.agreed(forms, settings))
-
-
-def _prefixes(sources: list[str]) -> list[str]:
-    """Of several sources, each name begins with its source's last word, numbered where two are the same."""
-    if len(sources) == 1:
-        return [""]
-    named = [PurePosixPath(source).name for source in sources]
-    return [f"{name}/" if named.count(name) == 1 else f"{n}-{name}/" for n, name in enumerate(named)]
 
 
 def setup(settings: VectorSettings) -> Networks:

@@ -15,7 +15,7 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from pipelines.corpora import NOT_TEST, Bad, Row, Survey, _image_tables, _image_tars, images
+from pipelines.corpora import NOT_TEST, Bad, Row, Survey, _image_tables, _tars, images
 from pipelines.corpora.images import ImageSettings
 from pipelines.errors import Refused
 
@@ -214,8 +214,8 @@ def test_large_tars_are_cut_into_slices_that_read_the_same(
 ) -> None:
     tar_of(tmp_path / name, webdataset(), mode)
     two = 2 * max(len(png(10 * n)) for n in range(5))
-    monkeypatch.setattr(_image_tars, "SLICE_BYTES", two)
-    monkeypatch.setattr(_image_tars, "COMPRESSED_SLICE_BYTES", two)
+    monkeypatch.setattr(_tars, "SLICE_BYTES", two)
+    monkeypatch.setattr(_tars, "COMPRESSED_SLICE_BYTES", two)
     survey = surveyed(tmp_path)
     assert [piece.stop - piece.start for piece in survey.slices] == [2, 2, 1]
     assert shades(rows(survey)) == [0, 10, 20, 30, 40]
