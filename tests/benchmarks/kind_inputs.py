@@ -25,6 +25,8 @@ class Input:
     packed: bool
     """At scale it comes in large files, which are read by ranges; else a file is one request, however small."""
     settings: dict[str, Any] = field(default_factory=dict)
+    range_bytes: int = 64 << 20
+    """Of one slice at scale, and so of one request. Kinds with a model cut by what comes out, which is far more."""
 
 
 def images(folder: Path, count: int) -> Input:
@@ -100,7 +102,9 @@ def activations(folder: Path, count: int) -> Input:
     (folder / "text/lines.csv").write_text("text\n" + "\n".join(lines) + "\n")
     model = _model(folder / "model")
     settings = {"model": str(model), "layers": [3, 6]}
-    return Input(folder / "text", "CSV of texts, layers 3 and 6 of 6 x 384; a row is a token", True, settings)
+    return Input(
+        folder / "text", "CSV of texts, layers 3 and 6 of 6 x 384; a row is a token", True, settings, 192 << 10
+    )
 
 
 def items(folder: Path, count: int) -> Input:
@@ -113,7 +117,7 @@ def items(folder: Path, count: int) -> Input:
     head = "user_id:token\titem_id:token\ttimestamp:float\n"
     (folder / "log/shop.inter").write_text(head + "\n".join(events) + "\n")
     settings = {"model": str(_model(folder / "model"))}
-    return Input(folder / "log", "titles by a sentence model of 6 x 384, and the log", True, settings)
+    return Input(folder / "log", "titles by a sentence model of 6 x 384, and the log", True, settings, 128 << 10)
 
 
 def _sentence(random: np.random.Generator, least: int, most: int) -> str:
