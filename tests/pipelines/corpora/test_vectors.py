@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from pipelines import ingest
+from pipelines import ingest, storage
 from pipelines.corpora import _vector_cuts, _vector_raw, _vector_tables, _vector_torch, _vector_zips, vectors
 from pipelines.corpora.vectors import VectorSettings
 from pipelines.errors import Refused
@@ -153,6 +153,18 @@ def test_a_slice_of_a_tensor_that_is_no_run_of_bytes(tmp_path: Path) -> None:
     assert np.array_equal(read(tmp_path / "t.pt").values, whole.T.numpy())
     torch.save(whole[:, None].expand(6, 3, 8), tmp_path / "t.pt")
     assert np.array_equal(read(tmp_path / "t.pt").values, whole.repeat_interleave(3, 0).numpy())
+
+
+def test_every_format_from_a_store(bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    for n, save in enumerate([*SAVERS, lambda path, x: save_npy(path, np.asfortranarray(x))]):
+        save(tmp_path / f"files/{n}", DATA)
+    np.save(tmp_path / "files/8_labels.npy", np.arange(len(DATA)))
+    for path in (tmp_path / "files").iterdir():
+        storage.upload(path, f"{bucket}/raw/{path.name}")
+    found = read(f"{bucket}/raw")
+    assert np.array_equal(found.values, np.tile(DATA, (9, 1)))
+    assert found.labels == [-1] * 8 * len(DATA) + [*range(len(DATA))]
 
 
 # What a row is

@@ -44,7 +44,7 @@ class Read(NamedTuple):
         return [unit.reason for unit in self.units if isinstance(unit, Bad)]
 
 
-def read(*sources: Path, wanted: Callable[[int], bool] = lambda unit: True, **chosen: Any) -> Read:
+def read(*sources: Path | str, wanted: Callable[[int], bool] = lambda unit: True, **chosen: Any) -> Read:
     """Slices go through JSON, as parts do; every wanted unit comes once and in order; rows fit the schema."""
     settings = VectorSettings(**chosen)
     survey = vectors.survey([str(source) for source in sources], settings)
