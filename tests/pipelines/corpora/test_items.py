@@ -306,7 +306,9 @@ def test_histories_of_a_user_are_one_sequence(tmp_path: Path, model: str) -> Non
     def write(name: str, rows: list[tuple[str, str, str]]) -> None:
         table(tmp_path / f"{name}.csv", (dict(zip(columns, row, strict=True)) for row in rows))
 
-    write("valid", [("u", "['a', 'a', 'b']", "c"), ("u", '["a", "b", "c"]', "d"), ("v", "['d']", "b"), ("w", "oops", "b")])
+    write(
+        "valid", [("u", "['a', 'a', 'b']", "c"), ("u", '["a", "b", "c"]', "d"), ("v", "['d']", "b"), ("w", "oops", "b")]
+    )
     broken = ("u", "[d, 1", "b")
     write("test", [("u", "b c d", "a"), ("u", "['c', 'd', 'a']", "a"), broken, ("u", "['d','a','a']", "b")])
     log = log_of(tmp_path, model)
