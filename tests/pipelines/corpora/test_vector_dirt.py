@@ -87,8 +87,8 @@ def test_a_bad_npy_is_one_bad_unit_beside_the_good_ones(reason: str, source: Pat
 
 
 def test_pickled_objects_are_never_loaded(source: Path) -> None:
-    np.save(source / "a.npy", np.array([Trap()], dtype=object), allow_pickle=True)
-    np.savez(source / "b.npz", allow_pickle=True, x=np.array([Trap()], dtype=object))
+    np.save(source / "a.npy", np.array([Trap()], dtype=object))
+    np.savez(source / "b.npz", x=np.array([Trap()], dtype=object))
     torch.save({"x": torch.zeros(2, 4), "more": Trap()}, source / "c.pt")
     torch.save(torch.nn.Linear(4, 4), source / "d.pt")
     (source / "e.pt").write_bytes(pickle.dumps(Trap()))
@@ -104,7 +104,7 @@ def test_pickled_objects_are_never_loaded(source: Path) -> None:
 
 
 def test_objects_beside_numbers_are_no_harm(source: Path) -> None:
-    np.savez(source / "b.npz", allow_pickle=True, x=GOOD, names=np.array([Trap()], dtype=object))
+    np.savez(source / "b.npz", x=GOOD, names=np.array([Trap()], dtype=object))
     assert len(read(source).rows) == 16
 
 
