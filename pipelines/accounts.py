@@ -30,12 +30,12 @@ def write_quarantine(records: Sequence[Record], out: str) -> None:
 
 
 def kept_of(records: Sequence[Record]) -> int:
-    """Units that were kept. They are not rows: a document is one unit of many rows."""
+    """Units, not rows: a document is one unit of many rows."""
     return sum(kept for record in records for _, _, _, kept, _, _ in record["sources"])
 
 
 def looked_at(records: Sequence[Record]) -> int:
-    """Units that were kept or bad, of records of parts."""
+    """Units that were kept or bad."""
     return kept_of(records) + sum(len(record["bad"]) for record in records)
 
 
