@@ -29,9 +29,14 @@ def write_quarantine(records: Sequence[Record], out: str) -> None:
     _write(rows, ("source", "unit", "reason"), storage.join(out, QUARANTINE))
 
 
+def kept_of(records: Sequence[Record]) -> int:
+    """Units, not rows: a document is one unit of many rows."""
+    return sum(kept for record in records for _, _, _, kept, _, _ in record["sources"])
+
+
 def looked_at(records: Sequence[Record]) -> int:
     """Units that were kept or bad."""
-    return sum(len(record["bad"]) + sum(shard["rows"] for shard in record["shards"]) for record in records)
+    return kept_of(records) + sum(len(record["bad"]) for record in records)
 
 
 def too_bad(records: Sequence[Record], looked: int, what: str, out: str) -> str:
@@ -49,7 +54,8 @@ def summary(manifest: Manifest, out: str) -> str:
     """The last lines of an ingest: the counts, the commonest reasons with an example of each, where to look."""
     units, left_out = manifest.units, sum(manifest.units.filtered.values())
     splits = ", ".join(f"{split} {manifest.rows(split)}" for split in SPLITS)
-    head = f"{units.read} units: {units.kept} rows ({splits}), {units.quarantined} quarantined"
+    kept = "" if units.kept == manifest.rows() else f"{units.kept} kept in "
+    head = f"{units.read} units: {kept}{manifest.rows()} rows ({splits}), {units.quarantined} quarantined"
     lines = [head + (f", {left_out} left out" if left_out else "")]
     lines += [
         f"table {t.name}: {t.rows} rows of {t.units.read}, {_left_out(t.units.filtered)}" for t in manifest.tables

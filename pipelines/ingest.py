@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines import cluster, corpora, recipe, registry, storage
-from pipelines.accounts import in_bytes, looked_at, summary, too_bad, write_quarantine, write_sources
+from pipelines.accounts import in_bytes, kept_of, looked_at, summary, too_bad, write_quarantine, write_sources
 from pipelines.claims import claim
 from pipelines.corpora import Corpus, CorpusSettings, Slice, Survey
 from pipelines.errors import Failed, Refused
@@ -97,6 +97,7 @@ def ingest(
     _check_request(sources, out, limit, max_bad_fraction, holdout)
     corpus = corpora.load(kind)
     survey = corpus.survey(list(sources), settings)
+    settings = settings.model_copy(update=survey.settings)
     units = sum(piece.stop - piece.start for piece in survey.slices)
     if not units:
         raise Refused(
@@ -132,7 +133,7 @@ def ingest(
     return IngestResult(
         out,
         manifest.digest,
-        manifest.units.kept,
+        manifest.rows(),
         manifest.units.quarantined,
         manifest.units.filtered,
         skipped,
@@ -232,7 +233,7 @@ def _finish(
     write_quarantine([*records, *tables], out)
     bad = sum(len(record["bad"]) for record in records)
     shards = tuple(ShardRecord(**shard) for record in records for shard in record["shards"])
-    kept = sum(shard.rows for shard in shards)
+    kept = kept_of(records)
     if bad > max_bad_fraction * (kept + bad):
         raise Failed(too_bad(records, kept + bad, "units", out))
     filtered: Counter[str] = Counter(survey.ignored)

@@ -53,6 +53,7 @@ class Units:
 
     read: int
     kept: int
+    """Units that are in the rows. Shards count rows: a unit may have many (a document's tokens)."""
     quarantined: int
     filtered: dict[str, int]
     """Named setting or reason (`limit`, `other files`) -> units left out because of it."""

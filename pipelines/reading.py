@@ -62,8 +62,8 @@ def read_part(
         shared: what the corpus's setup made, where it has one.
 
     Returns:
-        shards; bad: [source, unit, reason]; filtered: setting -> count; sources: [name, start, stop, kept, quarantined,
-        fingerprint of all units' fingerprints].
+        shards; bad: [source, unit, reason]; filtered: setting -> count; sources: [name, start, stop, units kept,
+        quarantined, fingerprint of all units' fingerprints].
     """
     account = _Account()
     schema = corpus.schema(settings)
@@ -75,7 +75,8 @@ def read_part(
             units = _units(found, selection, first, piece, account)
             for some in _grouped(units):
                 batch, good = _fitting(some, schema, piece, account)
-                splits = np.array([SPLITS.index(_split(row, selection.holdout, piece)) for row in good], np.int8)
+                rows = [row for _, rows in good for row in rows]
+                splits = np.array([SPLITS.index(_split(row, selection.holdout, piece)) for row in rows], np.int8)
                 writer.write(batch, splits)
                 account.kept += len(good)
             account.close(piece)
@@ -109,13 +110,13 @@ class _Account:
 
 
 def _units(
-    found: Iterable[tuple[int, Row | Bad | Filtered, bytes]],
+    found: Iterable[tuple[int, Row | list[Row] | Bad | Filtered, bytes]],
     selection: Selection,
     first: int,
     piece: Slice,
     account: _Account,
-) -> Iterator[tuple[int, Row]]:
-    """The good units of a slice; the others are accounted for here, and so is every unit that did not come."""
+) -> Iterator[tuple[int, list[Row]]]:
+    """The rows of the good units of a slice. The others are accounted for here, and so are those that did not come."""
     count = piece.stop - piece.start
     expected = selection.wanted_before(first + count) - selection.wanted_before(first)
     last, came = -1, 0
@@ -130,24 +131,29 @@ def _units(
             account.quarantine(row.source, piece.start + unit, row.reason)
         elif isinstance(row, Filtered):
             account.filtered[row.setting] += 1
-        else:
+        elif isinstance(row, Row):
+            yield unit, [row]
+        elif row:
             yield unit, row
+        else:
+            raise Failed(f"{piece.name}: its corpus gave unit {unit} without a row and without saying why.")
     if came != expected:
         raise Failed(f"{piece.name}: its corpus gave {came} of {expected} units without saying why; none may vanish.")
     if count > expected:
         account.filtered["limit"] += count - expected
 
 
-def _grouped(units: Iterable[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
-    """Groups of rows that are worth a record batch and fit into memory."""
-    waiting: list[tuple[int, Row]] = []
-    size = 0
-    for unit, row in units:
-        waiting.append((unit, row))
-        size += sum(_weight(value) for value in row.values.values())
-        if len(waiting) == BATCH_ROWS or size >= BATCH_BYTES:
+def _grouped(units: Iterable[tuple[int, list[Row]]]) -> Iterator[list[tuple[int, list[Row]]]]:
+    """Groups of whole units that are worth a record batch and, but for a unit of very many rows, fit into memory."""
+    waiting: list[tuple[int, list[Row]]] = []
+    count, size = 0, 0
+    for unit, rows in units:
+        waiting.append((unit, rows))
+        count += len(rows)
+        size += sum(_weight(value) for row in rows for value in row.values.values())
+        if count >= BATCH_ROWS or size >= BATCH_BYTES:
             yield waiting
-            waiting, size = [], 0
+            waiting, count, size = [], 0, 0
     if waiting:
         yield waiting
 
@@ -161,24 +167,27 @@ def _weight(value: Any) -> int:
 
 
 def _fitting(
-    rows: list[tuple[int, Row]], schema: pa.Schema, piece: Slice, account: _Account
-) -> tuple[pa.RecordBatch, list[Row]]:
-    """The rows whose values fit their columns. Others are quarantined: data must not be able to kill a job."""
-    good = [row for _, row in rows]
+    units: list[tuple[int, list[Row]]], schema: pa.Schema, piece: Slice, account: _Account
+) -> tuple[pa.RecordBatch, list[tuple[int, list[Row]]]]:
+    """The units whose values fit their columns. Others are quarantined: data must not be able to kill a job."""
     try:
-        return batch_of([row.values for row in good], schema), good
+        return _batch(units, schema), units
     except Failed:
-        good = [row for unit, row in rows if _fits(row, schema, piece, unit, account)]
-    return batch_of([row.values for row in good], schema), good
+        good = [entry for entry in units if _fits(entry, schema, piece, account)]
+    return _batch(good, schema), good
 
 
-def _fits(row: Row, schema: pa.Schema, piece: Slice, unit: int, account: _Account) -> bool:
+def _fits(entry: tuple[int, list[Row]], schema: pa.Schema, piece: Slice, account: _Account) -> bool:
     try:
-        batch_of([row.values], schema)
+        _batch([entry], schema)
     except Failed as error:
-        account.quarantine(piece.name, piece.start + unit, str(error))
+        account.quarantine(piece.name, piece.start + entry[0], str(error))
         return False
     return True
+
+
+def _batch(units: list[tuple[int, list[Row]]], schema: pa.Schema) -> pa.RecordBatch:
+    return batch_of([row.values for _, rows in units for row in rows], schema)
 
 
 def _split(row: Row, holdout: float, piece: Slice) -> str:

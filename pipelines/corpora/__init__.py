@@ -47,6 +47,8 @@ class Survey:
     """JSON values shared by all slices: class names, the layout that was recognised."""
     ignored: dict[str, int] = field(default_factory=dict)
     """Reason -> number of files that are not units of this corpus (counted as filtered)."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings that follow from the data (the length of vectors): the ingest goes on with them, and keeps them."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,11 @@ class Corpus:
     Settings: type[CorpusSettings]
     survey: Callable[[list[str], Any], Survey]
     """(source URIs, settings) -> Survey; Refused where a URI is missing or holds nothing of this kind."""
-    read: Callable[..., Iterator[tuple[int, Row | Bad | Filtered, bytes]]]
+    read: Callable[..., Iterator[tuple[int, Row | list[Row] | Bad | Filtered, bytes]]]
     """(slice, survey context, settings, wanted) -> (unit, row or reason, fingerprint of its bytes) for wanted units.
 
+    A unit of many rows (a document: its tokens) gives the list of them; it is kept or quarantined as a whole, so they
+    have to fit into memory together. One without a row is Bad or Filtered, never an empty list.
     `unit` counts from slice.start; `wanted(unit)` is False for units left out by --limit: they are not decoded.
     Every wanted unit is yielded once, in rising order: an ingest fails where one is missing.
     Where there is a `setup`, what it made is the fifth argument."""

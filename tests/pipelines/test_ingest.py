@@ -1,6 +1,7 @@
 """Ingest: every unit is accounted for, any interruption ends in the same digest, nothing else shares an --out."""
 
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -160,6 +161,33 @@ def test_of_many_reasons_the_three_commonest_are_told(source: Path, tmp_path: Pa
         [f"{5 - n}", "x", f"{3 + n}"] for n in range(3)
     ]
     assert log[start + 4].startswith("all of them are in ")
+
+
+def test_units_of_many_rows_are_counted_as_units(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with (source / "a/0.txt").open("a") as file:
+        file.write("\ng 1,2,3\ng 4,5\nbad")
+    done = run(source, tmp_path / "out")
+    units = load_manifest(str(tmp_path / "out")).units
+    assert (done.rows, units.read, units.kept, units.quarantined) == (305, 303, 302, 1)
+    assert "303 units: 302 kept in 305 rows (train" in capsys.readouterr().err
+    # Parts of 50 units that finished before, and 3 more; of rows there would be 6 more.
+    with pytest.raises(Failed, match=r"1 of (5|10|15|20|25|30)3 units looked at could not be read"):
+        run(source, tmp_path / "other", max_bad_fraction=0)
+
+
+def test_settings_that_the_survey_found_are_those_of_the_ingest(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def survey(sources: list[str], settings: TinySettings) -> corpora.Survey:
+        return replace(corpus.survey(sources, settings), settings={"scale": 3.0})
+
+    monkeypatch.setattr(corpora, "load", lambda kind: replace(corpus, survey=survey))
+    found = run(source, tmp_path / "found")
+    assert load_manifest(str(tmp_path / "found")).settings["scale"] == 3.0
+    monkeypatch.undo()
+    monkeypatch.setattr(corpora, "load", lambda kind: corpus)
+    monkeypatch.setattr(ingest, "LEAST_PART_BYTES", 1)
+    assert run(source, tmp_path / "given", TinySettings(scale=3.0)).digest == found.digest
 
 
 def test_named_settings_filter_and_are_counted(source: Path, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""A corpus for tests: lines `group value` of *.txt files. Importable by name, so that Ray's workers find it too."""
+"""A corpus for tests: lines `group value` of *.txt files, or `group value,value,...` for units of many rows.
+
+Importable by name, so that Ray's workers find it too.
+"""
 
 import os
 import signal
@@ -36,7 +39,7 @@ def survey(sources: list[str], settings: TinySettings) -> Survey:
 
 def read(
     piece: Slice, context: Mapping[str, Any], settings: TinySettings, wanted: Callable[[int], bool]
-) -> Iterator[tuple[int, Row | Bad | Filtered, bytes]]:
+) -> Iterator[tuple[int, Row | list[Row] | Bad | Filtered, bytes]]:
     if settings.diary:
         mark = f"read.{os.getpid()}.{time.time_ns()}.{piece.name.replace('/', '_')}"
         open(os.path.join(settings.diary, mark), "w").close()
@@ -51,11 +54,16 @@ def read(
             raise ZeroDivisionError("a bug in the corpus")
         if len(words) != 2:
             yield unit, Bad(piece.name, f"{len(words)} words instead of 2"), line
+        elif "," in words[1]:
+            yield unit, [_row(words[0], value, settings) for value in words[1].split(",") if value], line
         elif int(words[1]) > settings.most:
             yield unit, Filtered("most"), line
         else:
-            vector = np.full((2, 2), int(words[1]) * settings.scale, np.float64)
-            yield unit, Row({"vector": vector, "text": words[0]}, words[0]), line
+            yield unit, _row(words[0], words[1], settings), line
+
+
+def _row(group: str, value: str, settings: TinySettings) -> Row:
+    return Row({"vector": np.full((2, 2), int(value) * settings.scale, np.float64), "text": group}, group)
 
 
 def schema(settings: TinySettings) -> pa.Schema:
