@@ -60,10 +60,16 @@ def prepared_by(
 ) -> tuple[str, CorpusSettings]:
     """The corpus kind and its settings: a kind's own, a recipe's kind, or how the data of a bundle was prepared."""
     if bundle is not None:
-        if overrides:
-            raise Refused("--bundle takes the preparation from the card; leave --set out, or use --corpus.")
         made = read_card(registry.local_bundle(bundle))["corpus"]
-        return made["kind"], corpora.load(made["kind"]).Settings.model_validate(made["settings"])
+        settings = corpora.load(made["kind"]).Settings
+        places = sorted(name for name, info in settings.model_fields.items() if info.exclude)
+        if not_places := sorted(overrides.keys() - places):
+            also = f" but for where things lie ({', '.join(places)})" if places else ""
+            raise Refused(
+                f"--bundle takes the preparation from the card{also}; leave --set {', '.join(not_places)} out, "
+                "or use --corpus."
+            )
+        return made["kind"], validated(settings, {**made["settings"], **overrides}, f"corpus {made['kind']!r}")
     kind = corpus if corpus is not None else recipe.load(recipe_name or "").corpus[0]
     return kind, validated(corpora.load(kind).Settings, overrides, f"corpus {kind!r}")
 
@@ -116,6 +122,8 @@ def ingest(
     claim(out, REQUEST, request, "an ingest")
     if not skipped:
         selection = Selection(units, limit, holdout)
+        if corpus.prepare:
+            survey = corpus.prepare(survey, settings, selection.wanted, selection.split_of)
         work = partial(read_part, corpus, settings, survey.context, selection, out)
         check = _StopIfHopeless(max_bad_fraction * selection.wanted_before(units), out)
         tables = _side_tables(corpus, sources, settings, max_bad_fraction, out)

@@ -34,6 +34,14 @@ class Selection:
         """Whether unit `unit` of all is taken: `limit` of them, spread evenly."""
         return self.wanted_before(unit + 1) > self.wanted_before(unit)
 
+    def split_of(self, group: str, official: str | None) -> str:
+        """train, valid or test for rows of a group; an official split wins over its hash."""
+        if official is None:
+            return split_of(group, self.holdout)
+        if official == NOT_TEST:
+            return "valid" if split_of(group, self.holdout) == "valid" else "train"
+        return official
+
     def wanted_from(self, first: int) -> Callable[[int], bool]:
         """`wanted` for the units of a slice whose first one is `first` of all."""
         return lambda unit: self.wanted(first + unit)
@@ -76,7 +84,7 @@ def read_part(
             for some in _grouped(units):
                 batch, good = _fitting(some, schema, piece, account)
                 rows = [row for _, rows in good for row in rows]
-                splits = np.array([SPLITS.index(_split(row, selection.holdout, piece)) for row in rows], np.int8)
+                splits = np.array([SPLITS.index(_split(row, selection, piece)) for row in rows], np.int8)
                 writer.write(batch, splits)
                 account.kept += len(good)
             account.close(piece)
@@ -190,14 +198,10 @@ def _batch(units: list[tuple[int, list[Row]]], schema: pa.Schema) -> pa.RecordBa
     return batch_of([row.values for _, rows in units for row in rows], schema)
 
 
-def _split(row: Row, holdout: float, piece: Slice) -> str:
-    if row.split is None:
-        return split_of(row.group, holdout)
-    if row.split == NOT_TEST:
-        return "valid" if split_of(row.group, holdout) == "valid" else "train"
-    if row.split not in SPLITS:
+def _split(row: Row, selection: Selection, piece: Slice) -> str:
+    if row.split not in (*SPLITS, NOT_TEST, None):
         raise Failed(f"{piece.name}: its corpus gave the split {row.split!r}; allowed: {', '.join(SPLITS)} or None.")
-    return row.split
+    return selection.split_of(row.group, row.split)
 
 
 def _text(value: str) -> str:

@@ -17,7 +17,11 @@ NOT_TEST = "not test"
 
 
 class CorpusSettings(BaseModel):
-    """How raw files become rows; all of it is kept in the manifest and in the card of what is trained on it."""
+    """How raw files become rows; all of it is kept in the manifest and in the card of what is trained on it.
+
+    But for fields with `exclude=True`: they say where something lies (a model's folder) whose digest is kept instead.
+    They may be given beside `--bundle`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -124,6 +128,10 @@ class Corpus:
     beside a bool column `<something>_mask` [B, L] that is True where a value is real (`pipelines.columns.padded`)."""
     write_files: Callable[[dict[str, Tensor], list[str], str, Any], None]
     """(columns, file stems, directory URI, settings) -> files people open: what `decode --format files` writes."""
+    prepare: Callable[[Survey, Any, Callable[[int], bool], Callable[[str, str | None], str]], Survey] | None = None
+    """(survey, settings, wanted, split_of) -> the survey with what one slice cannot know of all the others, such as how
+    often words occur: called once, before the parts. `wanted` counts units over all slices; `split_of(group, official
+    split)` gives train, valid or test, for whatever is fitted sees train alone."""
     setup: Callable[[Any], Any] | None = None
     """settings -> what all slices of a worker process share, made once in it: a language model."""
     gpus: Callable[[Any], float] = no_gpus
