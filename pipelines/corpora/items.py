@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
-from pipelines.corpora import Bad, Corpus, CorpusSettings, Filtered, Row, SideTable, Slice, Survey
+from pipelines.corpora import Bad, Corpus, Filtered, Row, SideTable, Slice, Survey
 from pipelines.corpora import _item_files as files
 from pipelines.corpora import _item_log as logs
 from pipelines.corpora import _language_models as models
-from pipelines.corpora import _model_folders as folders
+from pipelines.corpora._model_settings import ModelSettings
 from pipelines.errors import Refused
 
 # What the survey knows of each item of a slice, one letter an item.
@@ -22,17 +22,18 @@ SPLIT_LETTERS = {"train": "t", "valid": "v", "test": "e"}
 SPLIT_OF = {letter: split for split, letter in SPLIT_LETTERS.items()}
 
 
-class ItemSettings(CorpusSettings):
-    model: str = Field("", description="sentence model: a folder, or a name on the Hugging Face hub")
-    width: int | None = Field(None, ge=1, description="D of the embedding; found out from the model")
-    precision: models.Precision = "float32"
-    gpus: float = Field(0, ge=0, description="CUDA devices a worker takes; 0 computes on the CPU")
+class ItemSettings(ModelSettings):
+    width: int | None = Field(None, ge=1, description="D; follows from the model")
     normalise: bool | None = Field(None, description="embeddings to length 1; none does as the model's folder says")
+    batch_tokens: int = Field(models.BATCH_TOKENS, ge=1, le=2**22, description="of one batch; changes bits")
     text: tuple[str, ...] = Field((), description="columns an item's text is joined from; by default all but its id")
-    item: str | None = Field(None, description="column of item ids; none finds it by its usual names")
-    user: str | None = Field(None, description="column of users in the log; none finds it by its usual names")
-    time: str | None = Field(None, description="column of times in the log; none finds it by its usual names")
-    rating: str | None = Field(None, description="column of ratings in the log; none finds it by its usual names")
+    # What columns are called differs between logs of one preparation.
+    item: str | None = Field(None, exclude=True, description="column of item ids; none finds it by its name")
+    user: str | None = Field(None, exclude=True, description="column of users in the log; none finds it by its name")
+    time: str | None = Field(None, exclude=True, description="column of times in the log; none finds it by its name")
+    rating: str | None = Field(
+        None, exclude=True, description="column of ratings in the log; none finds it by its name"
+    )
     core: int = Field(
         0, ge=0, description="leave out users and items with fewer events until all have as many; 5 is usual"
     )
@@ -47,14 +48,6 @@ class ItemSettings(CorpusSettings):
     def _one_column(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    @model_validator(mode="before")
-    @classmethod
-    def _width_of_model(cls, values: Any) -> Any:
-        """Kept with the settings, so that whoever reads the shards later does not need the model."""
-        if isinstance(values, Mapping) and values.get("model") and values.get("width") is None:
-            return {**values, "width": models.shape_of(values["model"]).width}
-        return values
-
 
 def survey(sources: list[str], settings: ItemSettings) -> Survey:
     """What items there are and which split each belongs to, known from the log: items are read once for their ids,
@@ -63,8 +56,9 @@ def survey(sources: list[str], settings: ItemSettings) -> Survey:
     Raises:
         Refused: no items, no model, or columns that are not there.
     """
-    if not settings.model:
-        raise Refused("items become embeddings of a sentence model: name one with --set model=FOLDER or a hub name.")
+    shape, digest = settings.inspect()
+    if settings.width not in (None, shape.width):
+        raise Refused(f"width={settings.width} was given; this model has {shape.width}. It follows from the model.")
     found = files.find(sources, settings)
     ids = [[_id(item) for _, item, _ in files.read_items(piece, lambda _: True)] for piece in found.items]
     log = _log(found, {item for some in ids for item in some if item}, settings)
@@ -78,11 +72,8 @@ def survey(sources: list[str], settings: ItemSettings) -> Survey:
                 piece.uri, piece.name, piece.start, piece.stop, piece.bytes, {**piece.meta, "states": "".join(letters)}
             )
         )
-    context = {
-        "log": [[log.prefix + log.entry.name, log.entry.bytes] for log in found.logs],
-        "model": folders.fingerprint(folders.find(settings.model)),
-    }
-    return Survey(slices, context, dict(found.ignored))
+    context = {"log": [[log.prefix + log.entry.name, log.entry.bytes] for log in found.logs]}
+    return Survey(slices, context, dict(found.ignored), {"width": shape.width, "model_digest": digest})
 
 
 def _id(item: files.Item | Bad) -> str | None:
@@ -124,7 +115,7 @@ def tables(sources: list[str], settings: ItemSettings) -> Iterator[SideTable]:
 
 
 def setup(settings: ItemSettings) -> models.LanguageModel:
-    return models.open_model(settings.model, precision=settings.precision, gpus=settings.gpus)
+    return settings.open_model()
 
 
 def gpus(settings: ItemSettings) -> float:
@@ -142,7 +133,9 @@ def read(
     states = piece.meta["states"]
     units = [(unit, _unless(found, states[unit]), digest) for unit, found, digest in files.read_items(piece, wanted)]
     good = [found for _, found, _ in units if isinstance(found, files.Item)]
-    embeddings = iter(model.embed([item.text for item in good], normalise=settings.normalise))
+    embeddings = iter(
+        model.embed([item.text for item in good], normalise=settings.normalise, batch_tokens=settings.batch_tokens)
+    )
     for unit, found, digest in units:
         if not isinstance(found, files.Item):
             yield unit, found, digest
@@ -174,7 +167,7 @@ def shapes(settings: ItemSettings) -> dict[str, list[int] | None]:
 
 def _width(settings: ItemSettings) -> int:
     if settings.width is None:
-        raise Refused("items have no width without a model: name one with --set model=FOLDER or a hub name.")
+        raise Refused("the width of items follows from a model, and no survey has seen one yet: ingest first.")
     return settings.width
 
 

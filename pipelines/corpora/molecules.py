@@ -26,11 +26,14 @@ READ = ".csv, .tsv and .parquet with a column of SMILES (.csv and .tsv also as .
 
 class MoleculeSettings(CorpusSettings):
     graphs: Literal["molecules", "citations"] = Field("molecules", description="citations reads .npz citation graphs")
-    smiles: str | None = Field(None, description="column of SMILES; none finds it by its usual names")
+    # What columns are called differs between files of one preparation; the context says which labels were taken.
+    smiles: str | None = Field(None, exclude=True, description="column of SMILES; none finds it by its usual names")
     labels: tuple[str, ...] | None = Field(
-        (), description="label columns; by default every column of numbers that is no index; `none` for no labels"
+        (), exclude=True, description="label columns; default every column of numbers that is no index; `none`: none"
     )
-    split: str | None = Field(None, description="column of official splits; by default `split` where it holds splits")
+    split: str | None = Field(
+        None, exclude=True, description="column of official splits; default `split` where it holds splits"
+    )
     split_by: Literal["scaffold", "molecule"] = Field(
         "scaffold", description="what stays together where no split is official (out of domain, in domain)"
     )

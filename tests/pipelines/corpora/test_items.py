@@ -21,7 +21,6 @@ from pipelines.corpora import Bad, Filtered, Row, SideTable, items
 from pipelines.corpora import _item_files as files
 from pipelines.corpora.items import ItemSettings
 from pipelines.errors import Refused
-from pipelines.options import validated
 from tests.pipelines.corpora import tiny_language_models as tiny
 
 TITLES = {"a": "the cat sat", "b": "good film", "c": "bad dog, bad mat", "d": "the film and the dog"}
@@ -55,6 +54,7 @@ def events(home: Path, rows: Iterable[tuple[Any, ...]], columns: str = "user_id 
 def read_all(source: Path, model: str, **settings: Any) -> list[Row | Bad | Filtered]:
     chosen = ItemSettings(model=model, **settings)
     found = items.survey([str(source)], chosen)
+    chosen = chosen.model_copy(update=found.settings)
     shared = items.setup(chosen)
     rows = []
     for piece in found.slices:
@@ -85,7 +85,7 @@ def test_an_item_is_the_mean_of_the_last_layer_over_its_tokens(tmp_path: Path, m
         with torch.inference_mode():
             states = bare(**tokens(title, return_tensors="pt")).last_hidden_state[0]
         assert np.allclose(row.values["embedding"], states.mean(0).numpy(), atol=1e-5)
-    settings = ItemSettings(model=model, normalise=True)
+    settings = ItemSettings(model=model, width=tiny.WIDTH)
     made = values_of(batch_of([row.values for row in rows if isinstance(row, Row)], items.schema(settings)))
     assert items.tensors(made, settings)["embedding"].shape == (4, tiny.WIDTH)
     normal = read_all(tmp_path, model, normalise=True)
@@ -93,17 +93,21 @@ def test_an_item_is_the_mean_of_the_last_layer_over_its_tokens(tmp_path: Path, m
     assert np.allclose(norms, 1)
 
 
-def test_the_width_is_kept_so_that_shards_are_read_without_the_model(model: str) -> None:
-    settings = ItemSettings(model=model)
-    assert settings.width == tiny.WIDTH
-    kept = json.loads(settings.model_dump_json()) | {"model": "/gone"}
+def test_width_and_digest_are_kept_so_that_shards_are_read_without_the_model(tmp_path: Path, model: str) -> None:
+    chosen = ItemSettings(model=model)
+    kept = chosen.model_copy(update=items.survey([str(catalog(tmp_path))], chosen).settings).model_dump(mode="json")
+    assert kept["width"] == tiny.WIDTH
+    assert model not in str(kept)
     assert items.shapes(ItemSettings.model_validate(kept)) == {"embedding": [tiny.WIDTH]}
-    with pytest.raises(Refused, match="/gone does not exist"):
-        validated(ItemSettings, {"model": "/gone"}, "corpus 'items'")
-    with pytest.raises(Refused, match="name one with --set model=FOLDER"):
+    other = str(tiny.save(tmp_path / "other", seed=1))
+    with pytest.raises(Refused, match="another model than these settings were made with"):
+        items.survey([str(tmp_path)], ItemSettings(model=other, model_digest=kept["model_digest"]))
+    with pytest.raises(Refused, match=r"width=7 was given; this model has 16"):
+        items.survey([str(tmp_path)], ItemSettings(model=model, width=7))
+    with pytest.raises(Refused, match="no model was named: --set model=FOLDER"):
+        items.survey([str(tmp_path)], ItemSettings())
+    with pytest.raises(Refused, match="ingest first"):
         items.shapes(ItemSettings())
-    with pytest.raises(Refused, match="name one with --set model=FOLDER"):
-        items.survey(["/nowhere"], ItemSettings())
 
 
 def test_text_is_joined_from_the_columns_that_are_asked_for(tmp_path: Path, model: str) -> None:
