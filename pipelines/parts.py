@@ -211,14 +211,18 @@ def _recorded(out: str, parts: int) -> dict[int, Record]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Ray Data's own bars and log lines would tear ours apart."""
+    """Ray Data's own bars and log lines would tear ours apart. And a pool of actors grows when all of them are busy."""
     context = ray.data.DataContext.get_current()
-    log = logging.getLogger("ray.data")
+    pool, log = context.autoscaling_config, logging.getLogger("ray.data")
     before = context.enable_progress_bars, context.print_on_execution_start, log.level
+    threshold = pool.actor_pool_util_upscaling_threshold
     context.enable_progress_bars, context.print_on_execution_start = False, False
+    # Its own 1.75 means that parts wait behind busy actors, which they never do here.
+    pool.actor_pool_util_upscaling_threshold = 1.0
     log.setLevel(logging.ERROR)
     try:
         yield
     finally:
         context.enable_progress_bars, context.print_on_execution_start = before[:2]
+        pool.actor_pool_util_upscaling_threshold = threshold
         log.setLevel(before[2])

@@ -93,9 +93,11 @@ def _listed(entry: Entry) -> tuple[list[Member], Counter[str]]:
     trouble = None
     try:
         with storage.open_read(entry.uri) as raw:
-            unpacked: Any = raw if entry.name.lower().endswith(".tar") else gzip.GzipFile(fileobj=raw)
-            # Buffered, so that looking back at the end mark does not unpack a compressed tar once more.
-            file = io.BufferedReader(unpacked, 1 << 20)
+            plain = entry.name.lower().endswith(".tar")
+            unpacked: Any = raw if plain else gzip.GzipFile(fileobj=raw)
+            # Buffered, so that looking back at the end mark does not unpack a compressed tar once more. Of a plain one
+            # little more is read than the headers.
+            file = io.BufferedReader(unpacked, 1 << 14 if plain else 1 << 20)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in tar:
                     tar.members.clear()  # type: ignore[attr-defined]  # it keeps every header it has seen
