@@ -1,6 +1,7 @@
 """mmCIF and BinaryCIF through biotite: the columns of their atom_site table."""
 
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy.typing as npt
 from pipelines.corpora._protein_atoms import BACKBONE, Atoms, UnreadableStructure, places_of
 
 MOST_ATOMS = 16_000_000
+ATOM_LOOP = re.compile(rb"^loop_[ \t]*\r?\n((?:[ \t]*_atom_site\.\S+[ \t]*\r?\n)+)", re.MULTILINE)
+NAMES = frozenset(name.encode() for name in BACKBONE)
 
 
 def cif_models(data: bytes, binary: bool, all_models: bool) -> list[Atoms]:
@@ -77,7 +80,37 @@ class _Site:
 def _text_site(data: bytes) -> Any:
     from biotite.structure.io.pdbx import CIFFile
 
+    data = _backbone_loop(data) or data
     return _first_site(CIFFile.read(io.StringIO(data.decode("utf-8", "backslashreplace"))))
+
+
+def _backbone_loop(data: bytes) -> bytes | None:
+    """The atom_site table without most other atoms, which the parser reads in half the time and memory.
+
+    None where rows are not one a line each: then only the parser can tell where they end.
+    """
+    if not (found := ATOM_LOOP.search(data)):
+        return None
+    columns = [name.strip() for name in found[1].splitlines()]
+    places = [place for place, name in enumerate(columns) if name.endswith((b".label_atom_id", b".auth_atom_id"))]
+    if not places:
+        return None
+    kept, rows = [b"data_x\nloop_\n", found[1]], 0
+    file = io.BytesIO(data)
+    file.seek(found.end())
+    for line in file:
+        words = line.split()
+        if not words or words[0].startswith(b"#"):
+            continue
+        if words[0].startswith(b"_") or words[0].lower().startswith((b"loop_", b"data_")):
+            break
+        quoted = b"'" in line or b'"' in line
+        if line.startswith(b";") or (len(words) != len(columns) and not quoted):
+            return None
+        if quoted or not rows or any(words[place] in NAMES for place in places):
+            kept.append(line)
+        rows += 1
+    return b"".join(kept) if rows else None
 
 
 def _binary_site(data: bytes) -> Any:

@@ -446,6 +446,24 @@ def test_optional_columns_of_mmcif_may_be_absent_or_say_nothing(tmp_path: Path) 
     assert row["b_factors"].tolist() == [0, 0]
 
 
+def test_rows_of_mmcif_may_lie_in_lines_as_they_like(tmp_path: Path) -> None:
+    rows = table(a_structure())
+    plain = cif(rows)
+    quoted = [[f'"{word}"' if place == 3 else word for place, word in enumerate(row)] for row in rows]
+    primed = [[*row[:3], "O5'", *row[4:]] if row[3] == "OXT" else row for row in rows]
+    two_lines = [[*row[:9], "\n", *row[9:]] for row in rows]
+    in_text = [[*row[:6], f"\n;{row[6]}\n;\n", *row[7:]] for row in rows]
+    head, first, rest = plain.partition("ATOM ")
+    forms = {"a": plain, "b": cif(quoted), "c": cif(primed), "d": cif(two_lines), "e": cif(in_text)}
+    forms |= {"f": plain.replace("\n", "\r\n"), "g": plain.replace(" ", "\t"), "h": head + "\n\n" + first + rest}
+    forms |= {"i": plain.replace("#", "loop_\n_other.id\n1\n2\n_more.name x\n"), "j": f"{plain}data_SECOND\n_x.y z\n"}
+    found = rows_of(given(tmp_path, {f"{name}.cif": text for name, text in forms.items()}))
+    assert len(found) == 3 * len(forms)
+    for place, row in enumerate(found):
+        for name in ("backbone", "atoms", "residues", "numbers", "insertions", "b_factors"):
+            assert np.array_equal(row[name], found[place % 3][name]), row["name"]
+
+
 @pytest.mark.parametrize("name", ["Cartn_y", "group_PDB", "label_comp_id", "auth_seq_id"])
 def test_needed_columns_of_mmcif_are_named(tmp_path: Path, name: str) -> None:
     keep = [place for place, column in enumerate(COLUMNS) if column not in (name, "label_seq_id")]
