@@ -132,7 +132,7 @@ def _speeds(speeds: list[Speed]) -> list[str]:
     lines = ["| kind | input | rows/s | MB/s read | MB/s written | bytes a row, read | written |"]
     lines.append("|---|---|---:|---:|---:|---:|---:|")
     for s in speeds:
-        rates = f"{s.rows / s.seconds:,.0f} | {s.bytes_in / s.seconds / 1e6:.1f} | {s.bytes_out / s.seconds / 1e6:.1f}"
+        rates = f"{s.rows / s.seconds:,.0f} | {s.bytes_in / s.seconds / 1e6:.2f} | {s.bytes_out / s.seconds / 1e6:.1f}"
         lines.append(
             f"| {s.kind} | {s.input.what} | {rates} | {s.bytes_in / s.rows:,.0f} | {s.bytes_out / s.rows:,.0f} |"
         )

@@ -160,6 +160,12 @@ def test_several_that_could_be_it_are_refused_with_what_there_is(tmp_path: Path)
         read(tmp_path, key="v")
 
 
+def test_splits_of_different_things_are_not_one_corpus(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", z_train=rows(3), w_test=rows(2))
+    with pytest.raises(Refused, match="could be the vectors"):
+        read(tmp_path)
+
+
 def test_a_key_of_nested_dicts_and_of_columns(tmp_path: Path) -> None:
     torch.save({"g": {"w": torch.ones(2, 3), "z": torch.zeros(2, 5)}}, tmp_path / "a.pt")
     assert read(tmp_path / "a.pt", key="g.w").values.sum() == 6
