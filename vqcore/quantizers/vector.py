@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vqcore import assign, losses
 from vqcore.codebook import Codebook, only, pick, unit
-from vqcore.estimators import straight_through
+from vqcore.estimators import straight_through, straight_through_in_place
 from vqcore.quantizers import from_data
 from vqcore.quantizers.arguments import check_rule, check_sizes, check_weights
 from vqcore.quantizers.contract import Quantized, VectorBatch, per_element, quantized
@@ -129,9 +129,11 @@ class VectorQuantizer(nn.Module):
             readable = self.codebook.readable()
             codes = self._assign(rows, readable)
             chosen = pick(readable, codes)
-            # Before the loss: going back autograd then adds the output's gradient into the loss's, in place.
-            output = only(rows.valid, self.estimator(rows.x, chosen)) if self.training else chosen
-            squared = losses.squared_error(rows.x, chosen)
+            if self.training:
+                passed, squared = losses.passing_squared_error(rows.x, chosen)
+                output = only(rows.valid, self._estimate(passed, chosen))
+            else:
+                output, squared = chosen, losses.squared_error(rows.x, chosen)
             objective = self._objective(rows, codes, squared)
             if self.training:
                 count, world = self._learn(rows, codes, x, keys)
@@ -181,6 +183,10 @@ class VectorQuantizer(nn.Module):
 
     def _assign(self, rows: Rows, vectors: Tensor) -> Tensor:
         return assign.nearest(rows.x.detach(), vectors, metric=self.metric).masked_fill(~rows.valid, -1)
+
+    def _estimate(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """The estimator's output. Nobody reads `chosen` afterwards, so straight-through needs no copy of it."""
+        return (straight_through_in_place if self.estimator is straight_through else self.estimator)(x, chosen)
 
     def _objective(self, rows: Rows, codes: Tensor, squared: Tensor) -> Tensor:
         """Commitment, and where the codebook is learned |sg(x) - code|^2 (equation 3), summed over vectors and D."""
