@@ -75,7 +75,17 @@ class _PassingSquaredError(Function):
         if torch.is_grad_enabled():  # for a second differentiation, in which the difference moves with x
             difference = straight_through(x, difference)
         scale = (2 * gradient).to(difference.dtype)
-        return difference * scale if passed is None else torch.addcmul(passed, difference, scale), None
+        room = None if torch.is_grad_enabled() or _graph_is_kept() else difference
+        if passed is None:
+            return torch.mul(difference, scale, out=room), None
+        return torch.addcmul(passed, difference, scale, out=room), None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass that is running may be followed by another over the same graph. If not, a node may
+    write its result over what it saved: a new array of the size of x costs its first writer more than the product."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or bool(ask())
 
 
 class _SquaredError(Function):
