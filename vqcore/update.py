@@ -21,8 +21,8 @@ COUNT_DECAY = 0.99
 REVIVAL = 0
 """The `stream` of noise.race that draws replacements for dead codes."""
 
-# Numbers widened to float64 at a time: a tile stays near the caches, the whole batch would cost 8 N D bytes. Larger tiles
-# walk over the table of sums less often, smaller ones cost less where there is no more than a few of them.
+# Numbers widened to float64 at a time: a tile stays near the caches, where the whole batch would cost 8 N D bytes. With
+# smaller tiles the table of sums is walked over more often.
 _TILE = 2**17
 
 
@@ -103,8 +103,9 @@ class Statistics:
         drawn = codes.view(-1, self.rule.draws)
         valid = drawn[:, 0] >= 0
         index = drawn.clamp(min=0)
+        weight = valid.double()
         for column in index.unbind(1):
-            counts.index_add_(0, column, valid.double())
+            counts.index_add_(0, column, weight)
         if sums is not None:
             tile = max(1, _TILE // x.shape[1] if x.device.type == "cpu" else len(x))
             wide = sums.new_empty(min(tile, len(x)), x.shape[1])

@@ -128,10 +128,11 @@ class VectorQuantizer(nn.Module):
             rows = self._on_sphere(given)
             readable = self.codebook.readable()
             codes = self._assign(rows, readable)
-            chosen = pick(readable, codes)
+            chosen = readable.index_select(0, codes) if rows.whole else pick(readable, codes)
             if self.training:
                 passed, squared = losses.passing_squared_error(rows.x, chosen)
-                output = only(rows.valid, self._estimate(passed, chosen))
+                output = self._estimate(passed, chosen)
+                output = output if rows.whole else only(rows.valid, output)
             else:
                 output, squared = chosen, losses.squared_error(rows.x, chosen)
             objective = self._objective(rows, codes, squared)
@@ -182,7 +183,8 @@ class VectorQuantizer(nn.Module):
         return rows._replace(x=unit(rows.x)) if self.metric == "cosine" else rows
 
     def _assign(self, rows: Rows, vectors: Tensor) -> Tensor:
-        return assign.nearest(rows.x.detach(), vectors, metric=self.metric).masked_fill(~rows.valid, -1)
+        codes = assign.nearest(rows.x.detach(), vectors, metric=self.metric)
+        return codes if rows.whole else codes.masked_fill(~rows.valid, -1)
 
     def _estimate(self, x: Tensor, chosen: Tensor) -> Tensor:
         """The estimator's output. Nobody reads `chosen` afterwards, so straight-through needs no copy of it."""
