@@ -118,30 +118,57 @@ def values_of(batch: pa.RecordBatch) -> dict[str, Any]:
 
     Arrays are made without a copy, but for booleans. bfloat16 comes as its bits (`bfloat16_of`).
     """
-    return {name: _values(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    return {name: plain(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
 
 
-def padded(rows: Sequence[npt.ArrayLike | None], tail: Sequence[int] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(
+    rows: Sequence[npt.ArrayLike | None], tail: Sequence[int] = (), fill: float = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A ragged column as `values_of` gives it -> (values [B, L, *tail], mask [B, L]), L the most of any row.
 
-    The mask is True where a value is real; what is filled up holds zeros. A missing row has no real value.
+    The mask is True where a value is real; what is filled up holds `fill`. A missing row has no real value.
     """
     flat = [None if row is None else _flat(np.asarray(row), tuple(tail)) for row in rows]
     lengths = np.array([0 if row is None else len(row) for row in flat], np.int64) // math.prod(tail)
     mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
     real = [row for row in flat if row is not None]
     numbers = np.concatenate(real) if real else np.empty(0, np.float32)
-    values = np.zeros((*mask.shape, *tail), numbers.dtype)
+    values = np.full((*mask.shape, *tail), fill, numbers.dtype)
     values[mask] = numbers.reshape(-1, *tail)
     return torch.from_numpy(values), torch.from_numpy(mask)
 
 
-def _values(column: pa.Array) -> Any:
+def batch_from(tensors: Mapping[str, torch.Tensor], lengths: Mapping[str, torch.Tensor]) -> pa.RecordBatch:
+    """Tensors [B, ...] -> one record batch, its types those of the tensors.
+
+    Args:
+        lengths: column -> how many of its L are real, [B], for the columns [B, L, ...] that are ragged.
+    """
+    fields, columns = [], []
+    for name, tensor in tensors.items():
+        bits = tensor.dtype == torch.bfloat16
+        array = bfloat16_bits(tensor) if bits else tensor.detach().cpu().numpy()
+        kind = pa.from_numpy_dtype(array.dtype)
+        if name in lengths:
+            field = ragged_field(name, kind, array.shape[2:])
+            ends = [int(end) for end in lengths[name]]
+            columns.append(
+                ragged_array([row[:end] for row, end in zip(array, ends, strict=True)], field.type, array.shape[2:])
+            )
+        else:
+            field = pa.field(name, pa.fixed_shape_tensor(kind, list(array.shape[1:])))
+            columns.append(tensor_array(array, field.type))
+        fields.append(field.with_metadata({**(field.metadata or {}), b"dtype": b"bfloat16"}) if bits else field)
+    return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
+
+
+def plain(column: pa.Array) -> Any:
+    """One column as `values_of` gives it."""
     kind = column.type
     if isinstance(kind, pa.FixedShapeTensorType):
         return to_tensor(column).numpy()
     if pa.types.is_list(kind) and is_number(kind.value_type):
-        numbers, offsets = column.values.to_numpy(), column.offsets.to_numpy()
+        numbers, offsets = to_tensor(column.values).numpy(), column.offsets.to_numpy()
         here = column.is_valid().to_numpy(zero_copy_only=False)
         bounds = zip(offsets[:-1], offsets[1:], here, strict=True)
         return [numbers[start:stop] if valid else None for start, stop, valid in bounds]

@@ -66,13 +66,16 @@ class Source:
 
 def read_columns(reader: ShardReader, split: str, ordinals: np.ndarray) -> tuple[dict[str, Tensor], np.ndarray]:
     """Columns as a recipe sees them, and row ids, of the given rows of a split."""
-    return as_seen(reader.manifest, reader.take(split, ordinals))
+    return _seen(reader.manifest, reader.values(split, ordinals))
 
 
 def as_seen(manifest: Manifest, rows: pa.RecordBatch) -> tuple[dict[str, Tensor], np.ndarray]:
     """Stored rows as the columns a recipe sees, and their row ids."""
+    return _seen(manifest, values_of(rows))
+
+
+def _seen(manifest: Manifest, stored: dict[str, Any]) -> tuple[dict[str, Tensor], np.ndarray]:
     corpus = corpora.load(manifest.kind)
-    stored = values_of(rows)
     return corpus.tensors(stored, corpus.Settings.model_validate(manifest.settings)), stored["row_id"]
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines import cluster, corpora, recipe, registry, storage
+from pipelines.accounts import in_bytes, kept_of, looked_at, summary, too_bad, write_quarantine, write_sources
 from pipelines.claims import claim
 from pipelines.corpora import Corpus, CorpusSettings, Slice, Survey
 from pipelines.errors import Failed, Refused
 from pipelines.export import export_parquet
 from pipelines.manifest import (
-    SPLITS,
     Manifest,
     ShardRecord,
     Units,
@@ -33,8 +33,6 @@ from pipelines.tables import record_of, write_tables
 from vqcore.bundle import read_card
 
 REQUEST = "ingest.json"
-SOURCES = "sources.arrow"
-QUARANTINE = "quarantine.arrow"
 MOST_PART_BYTES = 256 * 2**20
 LEAST_PART_BYTES = 4 * 2**20
 MOST_PART_SLICES = 16_384
@@ -124,12 +122,14 @@ def ingest(
         setup = partial(corpus.setup, settings) if corpus.setup else None
         gpus = corpus.gpus(settings) if setup else 0
         parts = _cut(survey.slices)
+        files, size = len({piece.name for piece in survey.slices}), sum(piece.bytes for piece in survey.slices)
+        _tell(f"{units} units in {files} files ({in_bytes(size)}), {len(parts)} parts")
         found = run_parts(parts, work, out, label="ingest", unit="units", setup=setup, gpus=gpus, check=check)
         _finish(kind, corpus.schema(settings), request, survey, found, tables, max_bad_fraction, out)
     manifest = load_manifest(out)
     if parquet:
         export_parquet(out)
-    _tell(_summary(manifest))
+    _tell(summary(manifest, out))
     return IngestResult(
         out,
         manifest.digest,
@@ -199,8 +199,8 @@ class _StopIfHopeless:
         self.records.append(record)
         self.bad += len(record["bad"])
         if self.bad > self.allowed:
-            _write_quarantine(self.records, self.out)
-            raise Failed(_too_bad(self.records, _looked(self.records), "units", self.out))
+            write_quarantine(self.records, self.out)
+            raise Failed(too_bad(self.records, looked_at(self.records), "units", self.out))
 
 
 def _side_tables(
@@ -214,8 +214,8 @@ def _side_tables(
         units = record["units"]
         looked = units["kept"] + units["quarantined"]
         if units["quarantined"] > max_bad_fraction * looked:
-            _write_quarantine(records, out)
-            raise Failed(_too_bad([record], looked, f"rows of the table {record['name']!r}", out))
+            write_quarantine(records, out)
+            raise Failed(too_bad([record], looked, f"rows of the table {record['name']!r}", out))
     return records
 
 
@@ -230,83 +230,32 @@ def _finish(
     out: str,
 ) -> None:
     """Checks over all parts, and the manifest that makes it all exist."""
-    _write_quarantine([*records, *tables], out)
+    write_quarantine([*records, *tables], out)
     bad = sum(len(record["bad"]) for record in records)
     shards = tuple(ShardRecord(**shard) for record in records for shard in record["shards"])
-    kept = _kept(records)
+    kept = kept_of(records)
     if bad > max_bad_fraction * (kept + bad):
-        raise Failed(_too_bad(records, kept + bad, "units", out))
+        raise Failed(too_bad(records, kept + bad, "units", out))
     filtered: Counter[str] = Counter(survey.ignored)
     for record in records:
         filtered.update(record["filtered"])
     if not kept:
         raise Failed(f"not one row was kept: {bad} units were bad, and left out were {dict(filtered) or 'none'}.")
-    read = [row for record in records for row in record["sources"]]
-    names = ("name", "start", "stop", "kept", "quarantined", "fingerprint")
+    # Of what the survey counted, so that a unit that nobody accounted for is noticed.
+    looked = sum(piece.stop - piece.start for piece in survey.slices) + sum(survey.ignored.values())
     manifest = Manifest(
         kind=kind,
         settings=request["settings"],
         selection={"limit": request["limit"], "holdout": request["holdout"]},
         columns=describe(schema),
         shards=shards,
-        units=Units(kept + bad + filtered.total(), kept, bad, dict(filtered)),
-        sources=_write_table(read, names, storage.join(out, SOURCES)),
+        units=Units(looked, kept, bad, dict(filtered)),
+        sources=write_sources(records, out),
         context=survey.context,
         tables=tuple(record_of(table) for table in tables),
     )
     storage.remove_staged(out)
     save_manifest(manifest, out)
-
-
-def _write_quarantine(records: list[Record], out: str) -> None:
-    # Its digest stays out of the manifest: a reason may quote a path or a library's version.
-    rows = [row for record in records for row in record["bad"]]
-    _write_table(rows, ("source", "unit", "reason"), storage.join(out, QUARANTINE))
-    if rows:
-        _tell(f"{len(rows)} units are quarantined in {storage.join(out, QUARANTINE)}; commonest: {_reasons(records)}")
-
-
-def _write_table(rows: list[list[Any]], names: Sequence[str], uri: str) -> str:
-    """Rows as one Arrow IPC file; its sha256."""
-    numbers = {"unit", "start", "stop", "kept", "quarantined"}
-    schema = pa.schema([(name, pa.int64() if name in numbers else pa.string()) for name in names])
-    columns = [pa.array([row[index] for row in rows], item.type) for index, item in enumerate(schema)]
-    with storage.writing(uri) as staged:
-        with pa.OSFile(str(staged), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-        return storage.sha256_of_file(staged)
-
-
-def _reasons(records: list[Record]) -> str:
-    counts = Counter(reason for record in records for _, _, reason in record["bad"])
-    return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
-
-
-def _kept(records: list[Record]) -> int:
-    """Units, not rows: a document is one unit of many rows."""
-    return sum(kept for record in records for _, _, _, kept, _, _ in record["sources"])
-
-
-def _looked(records: list[Record]) -> int:
-    """Units that were kept or bad, of records of parts."""
-    return _kept(records) + sum(len(record["bad"]) for record in records)
-
-
-def _too_bad(records: list[Record], looked: int, what: str, out: str) -> str:
-    bad = sum(len(record["bad"]) for record in records)
-    return (
-        f"{bad} of {looked} {what} looked at could not be read ({bad / looked:.1%}), more than max_bad_fraction "
-        f"allows: {_reasons(records)}. They are listed in {storage.join(out, QUARANTINE)}. "
-        "Mend the sources and use a new --out, or run this again with a larger --max-bad-fraction; what was made stays."
-    )
-
-
-def _summary(manifest: Manifest) -> str:
-    units = manifest.units
-    left_out = "".join(f", {count} left out ({reason})" for reason, count in sorted(units.filtered.items()))
-    splits = ", ".join(f"{split} {manifest.rows(split)}" for split in SPLITS)
-    kept = "" if units.kept == manifest.rows() else f"{units.kept} kept in "
-    return f"{units.read} units: {kept}{manifest.rows()} rows ({splits}), {units.quarantined} quarantined{left_out}"
 
 
 def _tell(line: str) -> None:

@@ -8,14 +8,14 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.columns import tensor_array
+from pipelines.columns import plain, tensor_array
 from pipelines.errors import Failed, Refused, nearest_names
 from pipelines.manifest import SPLITS, Manifest, ShardRecord, check_split, load_manifest
 
@@ -107,6 +107,16 @@ class ShardWriter:
         self.records.append(ShardRecord(name, batch.num_rows, size, digest, dict(zip(SPLITS, counts, strict=True))))
 
 
+class _Run(NamedTuple):
+    """What a batch takes from one shard."""
+
+    shard: int
+    places: Int64s | None
+    """Where in the batch it goes; None where it is all of it."""
+    rows: Int64s
+    """Of the shard."""
+
+
 class ShardReader:
     """The rows of a finished directory, by split and ordinal (order: shards of the manifest, then rows of the shard).
 
@@ -125,6 +135,7 @@ class ShardReader:
             for split in (*SPLITS, "all")
         }
         self._batches: dict[int, pa.RecordBatch] = {}
+        self._schemas: dict[frozenset[str] | None, pa.Schema] = {}
         self._views: dict[tuple[int, str], npt.NDArray[Any] | None] = {}
         self._members: dict[tuple[int, str], npt.NDArray[np.int32]] = {}
         self._check_presence()
@@ -144,22 +155,18 @@ class ShardReader:
             ordinals: [N] in [0, rows(split)).
             columns: default all.
         """
-        check_split(split)
-        ordinals = np.asarray(ordinals, np.int64)
-        if ordinals.size and (ordinals.min() < 0 or ordinals.max() >= self.rows(split)):
-            raise IndexError(
-                f"ordinals from {ordinals.min()} to {ordinals.max()} of {self.rows(split)} rows in {split!r}"
-            )
-        shards = np.searchsorted(self._starts[split], ordinals, side="right") - 1
-        order = np.argsort(shards, kind="stable")
-        runs: list[tuple[int, Int64s, Int64s]] = []  # shard, places in the result, rows in the shard
-        for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if ordinals.size else []:
-            shard = int(shards[places[0]])
-            runs.append((shard, places, self._local(shard, split, ordinals[places] - self._starts[split][shard])))
-        fields = [item for item in self.schema if columns is None or item.name in columns]
-        return pa.RecordBatch.from_arrays(
-            [self._gather(item, runs, len(ordinals)) for item in fields], schema=pa.schema(fields, self.schema.metadata)
-        )
+        runs = self._runs(split, ordinals)
+        wanted = self._fields(None if columns is None else frozenset(columns))
+        return pa.RecordBatch.from_arrays([self._gather(item, runs, len(ordinals)) for item in wanted], schema=wanted)
+
+    def values(self, split: str, ordinals: Int64s, columns: Sequence[str] | None = None) -> dict[str, Any]:
+        """`values_of(take(...))`, without the way through Arrow for what is dense: what training reads."""
+        runs = self._runs(split, ordinals)
+        found: dict[str, Any] = {}
+        for item in self._fields(None if columns is None else frozenset(columns)):
+            dense = self._dense(item.name, runs, len(ordinals))
+            found[item.name] = plain(self._gather(item, runs, len(ordinals))) if dense is None else dense
+        return found
 
     def batches(self, shard: int, rows: int, split: str = "all") -> Iterator[pa.RecordBatch]:
         """The rows of one shard (of one split) in order, `rows` at a time."""
@@ -210,6 +217,32 @@ class ShardReader:
                     "restore it, or ingest into a new --out."
                 )
 
+    def _fields(self, names: frozenset[str] | None) -> pa.Schema:
+        if names not in self._schemas:
+            fields = [item for item in self.schema if names is None or item.name in names]
+            self._schemas[names] = pa.schema(fields, self.schema.metadata)
+        return self._schemas[names]
+
+    def _runs(self, split: str, ordinals: Int64s) -> list["_Run"]:
+        """What is taken from each shard. Most batches lie within one, and are not sorted by shard first."""
+        check_split(split)
+        ordinals = np.asarray(ordinals, np.int64)
+        if not ordinals.size:
+            return []
+        starts, lowest, highest = self._starts[split], int(ordinals.min()), int(ordinals.max())
+        if lowest < 0 or highest >= starts[-1]:
+            raise IndexError(f"ordinals from {lowest} to {highest} of {starts[-1]} rows in {split!r}")
+        first, last = (int(shard) - 1 for shard in np.searchsorted(starts, (lowest, highest), side="right"))
+        if first == last:
+            return [_Run(first, None, self._local(first, split, ordinals - starts[first]))]
+        shards = np.searchsorted(starts, ordinals, side="right") - 1
+        order = np.argsort(shards, kind="stable")
+        runs = []
+        for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+            shard = int(shards[places[0]])
+            runs.append(_Run(shard, places, self._local(shard, split, ordinals[places] - starts[shard])))
+        return runs
+
     def _local(self, shard: int, split: str, ranks: Int64s) -> Int64s:
         """Ranks within a shard's share of the split -> rows of the shard."""
         record = self.manifest.shards[shard]
@@ -220,26 +253,35 @@ class ShardReader:
             self._members[shard, split] = np.flatnonzero(column == SPLITS.index(split)).astype(np.int32)
         return self._members[shard, split][ranks].astype(np.int64)
 
-    def _gather(self, item: pa.Field, runs: list[tuple[int, Int64s, Int64s]], rows: int) -> pa.Array:
+    def _gather(self, item: pa.Field, runs: list["_Run"], rows: int) -> pa.Array:
         if not runs:
             return self.shard(0).column(item.name).slice(0, 0)
-        views = [self._view(shard, item.name) for shard, _, _ in runs]
+        out = self._dense(item.name, runs, rows)
+        if out is not None:
+            return tensor_array(out, item.type) if isinstance(item.type, pa.FixedShapeTensorType) else pa.array(out)
+        taken = [self.shard(run.shard).column(item.name).take(pa.array(run.rows)) for run in runs]
+        if runs[0].places is None:
+            return taken[0]
+        back = np.argsort(np.concatenate([run.places for run in runs]))
+        return pa.concat_arrays(taken).take(pa.array(back))
+
+    def _dense(self, name: str, runs: list["_Run"], rows: int) -> npt.NDArray[Any] | None:
+        """[rows, *shape] of a column that has a view in every shard; None for all others."""
+        views = [self._view(run.shard, name) for run in runs]
         dense = [view for view in views if view is not None]
-        if len(dense) < len(views):
-            taken = [self.shard(shard).column(item.name).take(pa.array(local)) for shard, _, local in runs]
-            back = np.argsort(np.concatenate([places for _, places, _ in runs]))
-            return pa.concat_arrays(taken).take(pa.array(back))
+        if not runs or len(dense) < len(views):
+            return None
         out = np.empty((rows, *dense[0].shape[1:]), dense[0].dtype)
-        for view, (_, places, local) in zip(dense, runs, strict=True):
-            first, last = int(places[0]), int(places[-1])
-            if last - first + 1 == len(places):
-                # mode="clip": "raise" would copy once more, and the bounds were checked.
-                np.take(view, local, axis=0, out=out[first : last + 1], mode="clip")
+        for view, run in zip(dense, runs, strict=True):
+            here = slice(0, rows) if run.places is None else slice(int(run.places[0]), int(run.places[-1]) + 1)
+            if here.stop - here.start != len(run.rows):
+                out[run.places] = view[run.rows]
+            elif _in_order(run.rows):
+                out[here] = view[run.rows[0] : run.rows[-1] + 1]
             else:
-                out[places] = view[local]
-        if isinstance(item.type, pa.FixedShapeTensorType):
-            return tensor_array(out, item.type)
-        return pa.array(out, item.type)
+                # mode="clip": "raise" would copy once more, and the bounds were checked.
+                np.take(view, run.rows, axis=0, out=out[here], mode="clip")
+        return out
 
     def _view(self, shard: int, name: str) -> npt.NDArray[Any] | None:
         """A fixed-width column without nulls as [rows, *shape]; None for all others, which Arrow gathers."""
@@ -269,6 +311,11 @@ def _check_digest(uri: str, path: str, sha256: str) -> None:
             "Restore it from a copy, or ingest into a new --out."
         )
     _checked.add((uri, sha256))
+
+
+def _in_order(rows: Int64s) -> bool:
+    """Whether they follow one another, so that they are one copy."""
+    return int(rows[-1]) - int(rows[0]) == len(rows) - 1 and bool((rows[1:] - rows[:-1] == 1).all())
 
 
 def _count(shard: ShardRecord, split: str) -> int:

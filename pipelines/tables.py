@@ -7,12 +7,13 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines import storage
+from pipelines.accounts import QUARANTINE, SOURCES
 from pipelines.corpora import SideTable
 from pipelines.errors import Failed
 from pipelines.manifest import TABLE_NAME, TableRecord, Units
 
 RECORD = "parts/tables.json"
-TAKEN = ("sources", "quarantine")
+TAKEN = (SOURCES, QUARANTINE)
 BATCH_ROWS = 2**20
 
 
@@ -28,9 +29,9 @@ def write_tables(tables: Iterable[SideTable], out: str) -> list[dict[str, Any]]:
         return found
     records: list[dict[str, Any]] = []
     for made in tables:
-        names = [*TAKEN, *(record["name"] for record in records)]
-        if not TABLE_NAME.fullmatch(made.name) or made.name in names or made.name.startswith("shard"):
-            raise Failed(f"a corpus named a table {made.name!r}; names are lower-case, once each, and not {names}.")
+        taken = [name.removesuffix(".arrow") for name in TAKEN] + [record["name"] for record in records]
+        if not TABLE_NAME.fullmatch(made.name) or made.name in taken or made.name.startswith("shard"):
+            raise Failed(f"a corpus named a table {made.name!r}; names are lower-case, once each, and not {taken}.")
         records.append(_write(made, out))
     storage.write_json_atomic(home, records)
     return records

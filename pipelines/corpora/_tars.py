@@ -50,9 +50,11 @@ def list_members(entry: Entry, choose: Choose, most_bytes: int) -> tuple[list[Me
     trouble = None
     try:
         with storage.open_read(entry.uri) as raw:
-            unpacked: Any = gzip.GzipFile(fileobj=raw) if _is_compressed(entry.name) else raw
-            # Buffered, so that looking back at the end mark does not unpack a compressed tar once more.
-            file = io.BufferedReader(unpacked, 1 << 20)
+            compressed = _is_compressed(entry.name)
+            unpacked: Any = gzip.GzipFile(fileobj=raw) if compressed else raw
+            # Buffered, so that looking back at the end mark does not unpack a compressed tar once more. Of a plain one
+            # little more is read than the headers.
+            file = io.BufferedReader(unpacked, 1 << 20 if compressed else 1 << 14)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in tar:
                     tar.members.clear()  # type: ignore[attr-defined]  # it keeps every header it has seen

@@ -1,20 +1,19 @@
 """Ingest: every unit is accounted for, any interruption ends in the same digest, nothing else shares an --out."""
 
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
+import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+import ray
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pipelines import corpora, ingest, storage
+from pipelines import cluster, corpora, ingest, storage
 from pipelines.columns import to_tensor
 from pipelines.corpora import SideTable
 from pipelines.errors import Failed, Refused
@@ -122,43 +121,6 @@ def test_an_interrupted_ingest_redoes_only_what_is_missing(source: Path, tmp_pat
     ShardReader(str(out)).take("all", np.arange(first.rows))
 
 
-def test_a_killed_driver_is_resumed_to_the_same_digest(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "diary").mkdir()
-    script = """
-        import sys, ray
-        from pipelines import corpora, ingest
-        from tests.pipelines.tiny_corpus import TinySettings, corpus
-        corpora.load = lambda kind: corpus
-        ingest.LEAST_PART_BYTES = 1
-        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
-        settings = TinySettings(diary=sys.argv[3], pause=float(sys.argv[4]))
-        ingest.ingest("tiny", [sys.argv[1]], sys.argv[2], settings=settings)
-    """
-    settings = TinySettings(diary=str(tmp_path / "diary"), pause=0.3)
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", textwrap.dedent(script), str(source), str(out), settings.diary, "0.3"]
-    root = str(Path(__file__).parents[2])
-    with open(tmp_path / "log", "wb") as log:
-        driver = subprocess.Popen(command, cwd=root, stdout=log, stderr=log, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while len(list((out / "parts").glob("part-*.json"))) < 2:
-        assert driver.poll() is None, (tmp_path / "log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    assert not (out / "manifest.json").exists()
-    started = len(list((tmp_path / "diary").iterdir()))
-    time.sleep(1)  # Ray's processes die with their driver; what they were writing stays half done.
-    done = set((out / "parts").glob("part-*.json"))
-    assert 2 <= len(done) < FILES
-    started = max(started, len(list((tmp_path / "diary").iterdir())))
-    resumed = run(source, out, settings)
-    assert len(list((tmp_path / "diary").iterdir())) - started == FILES - len(done)
-    clean = run(source, tmp_path / "clean", settings)
-    assert (resumed.digest, resumed.rows) == (clean.digest, FILES * LINES)
-
-
 def test_bad_units_are_quarantined_and_all_units_are_accounted_for(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -174,10 +136,31 @@ def test_bad_units_are_quarantined_and_all_units_are_accounted_for(
     assert "column 'vector'" in found[2][2]
     units = load_manifest(str(tmp_path / "out")).units
     assert (units.read, units.kept, units.quarantined) == (304, 300, 3)
-    log = capsys.readouterr().err
-    assert f"3 units are quarantined in {tmp_path}/out/quarantine.arrow" in log
-    assert "1 x 1 words instead of 2" in log
-    assert "304 units: 300 rows" in log
+    log = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("303 units in 6 files (") for line in log)
+    (start,) = [n for n, line in enumerate(log) if line.startswith("304 units: 300 rows (train ")]
+    assert log[start].endswith("), 3 quarantined, 1 left out")
+    assert log[start + 1] == "quarantined, the reasons, each with a unit of its kind:"
+    assert log[start + 2].split() == ["1", "x", "1", "words", "instead", "of", "2", "a/0.txt"]
+    assert log[start + 3].split() == ["1", "x", "3", "words", "instead", "of", "2", "a/0.txt"]
+    assert log[start + 5] == f"all of them are in {tmp_path}/out/quarantine.arrow (source, unit, reason)"
+    assert log[start + 6] == "left out: 1 x other files"
+    assert log[start + 7].startswith(f"in {tmp_path}/out: 6 shards, ")
+    assert len(log) == start + 8
+    run(source, tmp_path / "out", settings)
+    assert capsys.readouterr().err.splitlines() == log[start:]
+
+
+def test_of_many_reasons_the_three_commonest_are_told(source: Path, tmp_path: Path, capsys) -> None:
+    with (source / "a/0.txt").open("a") as file:
+        file.write("".join("\n" + "word " * (3 + n) for n in range(5) for _ in range(5 - n)))
+    run(source, tmp_path / "out")
+    log = capsys.readouterr().err.splitlines()
+    (start,) = [n for n, line in enumerate(log) if line.startswith("quarantined, the commonest of 5 reasons")]
+    assert [line.split()[:3] for line in log[start + 1 : start + 4]] == [
+        [f"{5 - n}", "x", f"{3 + n}"] for n in range(3)
+    ]
+    assert log[start + 4].startswith("all of them are in ")
 
 
 def test_units_of_many_rows_are_counted_as_units(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -309,6 +292,51 @@ def test_a_model_is_loaded_once_an_actor_and_a_killed_one_is_replaced(source: Pa
     assert np.array_equal(to_tensor(taken.column("vector"))[:, 0, 0].numpy(), np.tile(2 * np.arange(LINES), FILES))
     assert {text.split()[1] for text in taken.column("text").to_pylist()} == {"1"}
     assert run(source, tmp_path / "again", settings, kind="modelled").digest == done.digest
+
+
+def test_a_model_waits_for_a_cpu_aloud_and_not_for_ever(source: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    @ray.remote(num_cpus=4)
+    class Hog:
+        def ready(self) -> bool:
+            return True
+
+    hog = Hog.remote()
+    ray.get(hog.ready.remote())
+    monkeypatch.setattr(cluster, "require_free_cpu", partial(cluster.require_free_cpu, patience=0.5))
+    try:
+        for kind in ("modelled", "tiny"):
+            with pytest.raises(Failed, match=r"no CPU became free within 0\.5 s; the cluster has 4"):
+                run(source, tmp_path / kind, kind=kind)
+            assert "waiting for a free CPU" in capsys.readouterr().err
+    finally:
+        ray.kill(hog)
+    assert run(source, tmp_path / "modelled", kind="modelled").rows == FILES * LINES
+
+
+LINE = st.sampled_from(["g 1", "g 2", "h 70", "h 80", "x", "a b c", "", "i 9" + "9" * 50])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(LINE, max_size=12), min_size=1, max_size=4), st.none() | st.integers(1, 30))
+def test_every_unit_is_kept_quarantined_or_filtered(files: list[list[str]], limit: int | None) -> None:
+    with tempfile.TemporaryDirectory() as home:
+        for number, lines in enumerate(files):
+            storage.write_atomic(f"{home}/{number}.txt", "\n".join(lines).encode())
+        chosen = TinySettings(most=75 if limit is None else 10**60)
+        survey = corpus.survey([home], chosen)
+        units = sum(piece.stop - piece.start for piece in survey.slices)
+        selection = Selection(units, limit, 0.1)
+        payload = [entry for part in ingest._cut(survey.slices) for entry in part.payload]
+        record = read_part(corpus, chosen, survey.context, selection, f"{home}/out", 0, payload)
+    lines = [line for file in files for line in "\n".join(file).splitlines()]
+    looked = [line for unit, line in enumerate(lines) if selection.wanted(unit)]
+    good = [line for line in looked if len(line.split()) == 2 and int(line.split()[1]) <= chosen.most]
+    huge = [line for line in good if int(line.split()[1]) > 1e38]  # It is read, and fits no float32.
+    assert units == len(lines)
+    assert sum(shard["rows"] for shard in record["shards"]) == len(good) - len(huge)
+    assert len(record["bad"]) == len([line for line in looked if len(line.split()) != 2]) + len(huge)
+    assert sum(record["filtered"].values()) == len(lines) - len(good) - len(record["bad"]) + len(huge)
+    assert record["filtered"].get("limit", 0) == len(lines) - len(looked)
 
 
 def test_side_tables_are_kept_beside_the_shards_with_units_of_their_own(source: Path, tmp_path: Path) -> None:

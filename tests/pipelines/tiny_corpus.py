@@ -41,7 +41,8 @@ def read(
     piece: Slice, context: Mapping[str, Any], settings: TinySettings, wanted: Callable[[int], bool]
 ) -> Iterator[tuple[int, Row | list[Row] | Bad | Filtered, bytes]]:
     if settings.diary:
-        open(os.path.join(settings.diary, f"{piece.name.replace('/', '_')}.{time.time_ns()}"), "w").close()
+        mark = f"read.{os.getpid()}.{time.time_ns()}.{piece.name.replace('/', '_')}"
+        open(os.path.join(settings.diary, mark), "w").close()
         time.sleep(settings.pause)
     for unit, line in enumerate(storage.read_bytes(piece.uri).splitlines()):
         if not wanted(unit):
