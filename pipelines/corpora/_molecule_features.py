@@ -15,8 +15,9 @@ CHIRALITIES = ("CHI_UNSPECIFIED", "CHI_TETRAHEDRAL_CW", "CHI_TETRAHEDRAL_CCW")
 BONDS = ("SINGLE", "DOUBLE", "TRIPLE", "AROMATIC")
 """Their embedding has 6 rows: a self loop is 4, a masked bond 5. Both are put in by the network."""
 DIRECTIONS = ("NONE", "ENDUPRIGHT", "ENDDOWNRIGHT")
-MOST_SMILES = 20_000
-"""Characters. Longer text is no molecule, and RDKit's time and stack grow with it."""
+MOST_SMILES = 10_000
+MOST_SDF = 1 << 20
+"""Characters. Longer text is no molecule, and RDKit may take minutes for it."""
 
 Molecule = Any
 
@@ -79,6 +80,8 @@ def from_sdf(record: str) -> Molecule:
     Raises:
         UnreadableMolecule: with the reason.
     """
+    if len(record) > MOST_SDF:
+        raise UnreadableMolecule(f"the SDF record has more than {MOST_SDF:,} characters")
     supplier = chemistry().SDMolSupplier()
 
     def first(**options: bool) -> Molecule:

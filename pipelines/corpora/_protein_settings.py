@@ -45,9 +45,9 @@ class ProteinSettings(CorpusSettings):
         for name in self.values:
             if not re.fullmatch(r"[a-z]\w*", name, re.ASCII):
                 raise ValueError(f"values={name}: a column's name is a lower-case word; rename it in the table")
-        masks = [f"{name}_mask" for name in self.labels]
-        names = [*TAKEN, "atom_mask", "residue_mask", *self.labels, *masks]
-        if twice := sorted({name for name in (*self.labels, *masks) if names.count(name) > 1}):
+        added = [name for label in self.labels for name in (label, f"{label}_known")]
+        names = [*TAKEN, "atom_mask", "residue_mask", *added]
+        if twice := sorted({name for name in added if names.count(name) > 1}):
             raise ValueError(f"there would be two columns {', '.join(twice)}; rename that column of the table")
         return self
 

@@ -212,14 +212,14 @@ def schema(settings: ProteinSettings) -> pa.Schema:
 
 def shapes(settings: ProteinSettings) -> dict[str, list[int] | None]:
     names = ["backbone", "atom_mask", "residue_mask", *NUMBERS]
-    return dict.fromkeys([*names, *(name for label in settings.labels for name in (label, f"{label}_mask"))])
+    return dict.fromkeys([*names, *(name for label in settings.labels for name in (label, f"{label}_known"))])
 
 
 def tensors(stored: dict[str, Any], settings: ProteinSettings) -> dict[str, Tensor]:
     """Rows filled up with zeros to the longest of the batch, L residues.
 
     backbone [B, L, 4, 3] in Angstrom; atom_mask [B, L, 4], False where an atom is missing; residue_mask [B, L];
-    residues (int64), numbers, insertions, b_factors [B, L]; each label [B, L], zero where its <label>_mask is False.
+    residues (int64), numbers, insertions, b_factors [B, L]; each label [B, L], zero where its <label>_known is False.
     """
     backbone, real = padded(stored["backbone"], (len(BACKBONE), 3))
     atoms, _ = padded(stored["atoms"], (len(BACKBONE),))
@@ -228,7 +228,8 @@ def tensors(stored: dict[str, Any], settings: ProteinSettings) -> dict[str, Tens
     columns["residues"] = columns["residues"].long()
     for label in settings.labels:
         value = padded(stored[label])[0]
-        columns[f"{label}_mask"] = real & ~value.isnan()
+        # Not `_mask`: where codes are cut to the lengths of rows, a mask [B, L] is what tells them.
+        columns[f"{label}_known"] = real & ~value.isnan()
         columns[label] = value.nan_to_num(0.0)
     return columns
 

@@ -16,7 +16,7 @@ import scipy.io
 from PIL import Image
 
 from pipelines import storage
-from pipelines.corpora import NOT_TEST, Bad, Row, Survey, _image_tables, _image_tars, _tars, images
+from pipelines.corpora import NOT_TEST, Bad, Row, Survey, _image_tables, _tars, images
 from pipelines.corpora.images import ImageSettings
 from pipelines.errors import Refused
 
@@ -241,7 +241,7 @@ def test_of_a_large_tar_the_survey_reads_little_more_than_headers(
             return read[-1]
 
     monkeypatch.setattr(_tars.storage, "open_read", lambda uri: io.BufferedReader(Counting(uri), 2**13))
-    slices, _ = _image_tars.of_tar(storage.list_files(str(tmp_path))[0], "")
+    slices, _ = images.tars.of_tar(storage.list_files(str(tmp_path))[0], "")
     assert sum(piece.stop - piece.start for piece in slices) == count
     assert sum(read) < count * size / 16
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 import hashlib
 import json
+import sys
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_what_has_no_feature_is_bad(tmp_path: Path) -> None:
 
 
 def test_smiles_that_are_none_have_a_reason(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    texts = ["CCO", "not smiles", "CN(C)(C)(C)C", "c1cccc1", "", "C" * 20_001, "C1CC", " "]
+    texts = ["CCO", "not smiles", "CN(C)(C)(C)C", "c1cccc1", "", "C" * 10_001, "C1CC", " "]
     found = read_all(table(tmp_path / "x.csv", ({"smiles": text, "y": 1} for text in texts)))
     assert reasons(found) == [
         None,
@@ -129,7 +130,7 @@ def test_smiles_that_are_none_have_a_reason(tmp_path: Path, capfd: pytest.Captur
         "an atom has more bonds than its valence allows",
         "its aromatic bonds cannot be kekulized",
         "the SMILES is empty",
-        "the SMILES has more than 20,000 characters",
+        "the SMILES has more than 10,000 characters",
         "RDKit cannot parse the SMILES",
         "the SMILES is empty",
     ]
@@ -170,6 +171,15 @@ def test_fragments_and_max_atoms(tmp_path: Path) -> None:
     few = read_all(path, max_atoms=13)
     assert [type(row) for row in few] == [Row, Filtered, Filtered, Row, Row, Row]
     assert few[1] == Filtered("max_atoms")
+    long = table(tmp_path / "long.csv", [{"smiles": "C" * 100}, {"smiles": "C" * 1001}])
+    assert [type(row) for row in read_all(long)] == [Row, Filtered]
+
+
+def test_without_rdkit_it_is_said_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rdkit", None)
+    features.chemistry.cache_clear()
+    with pytest.raises(Refused, match=r"pip install 'vqray\[molecules\]'"):
+        survey(drugs(tmp_path / "x.csv"))
 
 
 def test_labels_are_the_columns_of_numbers_that_count_no_rows(tmp_path: Path) -> None:
@@ -334,6 +344,9 @@ def test_dirt_in_sdf_costs_one_record(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("pipelines.corpora._text_records.MOST_RECORD_BYTES", 3000)
     (tmp_path / "z.sdf").write_text(good + "x\n" * 2000 + "$$$$\n" + "y" * 4000 + "\n$$$$\n" + good)
     assert reasons(read_all(tmp_path / "z.sdf")) == [None, "more than 3,000 bytes", "more than 3,000 bytes", None]
+    monkeypatch.setattr(features, "MOST_SDF", len(good))
+    (tmp_path / "w.sdf").write_text(good + "x" + good)
+    assert reasons(read_all(tmp_path / "w.sdf")) == [None, f"the SDF record has more than {len(good)} characters"]
     (tmp_path / "empty.sdf").write_text("")
     assert reasons(read_all(tmp_path / "empty.sdf")) == ["the file is empty"]
 

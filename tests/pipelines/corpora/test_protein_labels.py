@@ -183,6 +183,6 @@ def test_tensors_of_labels_are_zero_where_there_is_none(tmp_path: Path) -> None:
     batch = proteins.tensors(stored(rows, TABLE), TABLE)
     assert set(batch) == set(proteins.shapes(TABLE))
     assert batch["rmsf"].tolist() == [[0, 0.5, 0, 0], [0, 0, 0, 0]]
-    assert batch["rmsf_mask"].tolist() == [[False, True, False, False], [False] * 4]
-    assert not batch["site_mask"].any()
+    assert batch["rmsf_known"].tolist() == [[False, True, False, False], [False] * 4]
+    assert not batch["site_known"].any()
     assert all(column.isfinite().all() for column in batch.values())
