@@ -4,6 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+# Two test processes; tests/conftest.py says which test goes with which.
+TOGETHER := --numprocesses 2 --dist loadscope --no-loadscope-reorder
+
 .PHONY: setup demo test test-all lint types contracts coverage bench clean help
 .DEFAULT_GOAL := help
 
@@ -38,10 +41,10 @@ types: $(STAMP)
 	@$(BIN)/mypy
 
 test: lint types
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -m "not slow and not gpu" $(TOGETHER)
 
 test-all: lint types
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(TOGETHER)
 
 contracts: $(STAMP)
 	@$(BIN)/python -m tests.peers

@@ -29,14 +29,14 @@ def write_quarantine(records: Sequence[Record], out: str) -> None:
     _write(rows, ("source", "unit", "reason"), storage.join(out, QUARANTINE))
 
 
-def units_kept(records: Sequence[Record]) -> int:
+def kept_of(records: Sequence[Record]) -> int:
     """Units, not rows: a document is one unit of many rows."""
     return sum(kept for record in records for _, _, _, kept, _, _ in record["sources"])
 
 
 def looked_at(records: Sequence[Record]) -> int:
     """Units that were kept or bad."""
-    return units_kept(records) + sum(len(record["bad"]) for record in records)
+    return kept_of(records) + sum(len(record["bad"]) for record in records)
 
 
 def too_bad(records: Sequence[Record], looked: int, what: str, out: str) -> str:

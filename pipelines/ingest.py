@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines import cluster, corpora, recipe, registry, storage
-from pipelines.accounts import in_bytes, looked_at, summary, too_bad, units_kept, write_quarantine, write_sources
+from pipelines.accounts import in_bytes, kept_of, looked_at, summary, too_bad, write_quarantine, write_sources
 from pipelines.claims import claim
 from pipelines.corpora import Corpus, CorpusSettings, Slice, Survey
 from pipelines.errors import Failed, Refused
@@ -241,7 +241,7 @@ def _finish(
     write_quarantine([*records, *tables], out)
     bad = sum(len(record["bad"]) for record in records)
     shards = tuple(ShardRecord(**shard) for record in records for shard in record["shards"])
-    kept = units_kept(records)
+    kept = kept_of(records)
     if bad > max_bad_fraction * (kept + bad):
         raise Failed(too_bad(records, kept + bad, "units", out))
     filtered: Counter[str] = Counter(survey.ignored)

@@ -9,7 +9,9 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +25,25 @@ os.environ.update(
     MPLBACKEND="Agg",
     AWS_EC2_METADATA_DISABLED="true",
 )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several test processes one takes all that needs Ray, so that there is one Ray; other files stay whole, so that
+    their fixtures are made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class WholeFiles(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if _needs_ray(config.rootpath / file) else file
+
+    return WholeFiles(config, log)
+
+
+@cache
+def _needs_ray(file: Path) -> bool:
+    return "ray_instance" in file.read_text()
 
 
 @pytest.fixture(scope="session", autouse=True)

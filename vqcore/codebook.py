@@ -78,6 +78,12 @@ def precise(fn: Callable[[Tensor], Tensor], state: Iterable[Tensor]) -> Callable
     return keep_precision
 
 
+def _off_sphere(vectors: Float[Tensor, "K D"]) -> bool:
+    """Whether some vector is neither 0 (not seeded) nor of length 1."""
+    length = torch.linalg.vector_norm(vectors.double(), dim=-1)
+    return not vectors.is_meta and bool(((length != 0) & ((length - 1).abs() > 0.01)).any())
+
+
 class Codebook(nn.Module):
     """K vectors of D dimensions with the state of their exponential moving average.
 
@@ -229,6 +235,9 @@ class Codebook(nn.Module):
             for name in _STATE
             if prefix + name in state_dict and state_dict[prefix + name].shape != getattr(self, name).shape
         ]
+        vectors = state_dict.get(prefix + "vectors")
+        if self.unit_norm and not self.learned and vectors is not None and _off_sphere(vectors):
+            mismatches.append(f"{prefix}vectors are not of length 1: this codebook is cosine, the state is not")
         if mismatches:
             errors.extend(mismatches)
             return

@@ -6,6 +6,7 @@
 filled up with zeros, so that a row's shares do not depend on the rows around it (see `assign`).
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ def mix(
     The way back computes the shares again, tile by tile, so that beyond its arguments and result it needs a copy of
     the codebook (which may have moved by then) and one tile. It can be differentiated once.
     """
+    _check(temperature)
     return _Mix.apply(x, vectors, temperature, gumbel)
 
 
@@ -50,6 +52,7 @@ def draw(
     x: Float[Tensor, "N D"], vectors: Float[Tensor, "K D"], temperature: float, u: Float[Tensor, "N m"]
 ) -> Int64[Tensor, "N m"]:
     """m codes a row, drawn with probability pi_k by the uniforms `u`; column j depends on u[:, j] alone."""
+    _check(temperature)
     codes = torch.empty(u.shape, dtype=torch.int64, device=x.device)
     with exact_products(x.device):
         for rows, shares in _tiles(x, vectors, temperature, None):
@@ -66,6 +69,7 @@ def apportion(
     Every code appears floor(draws pi_k) times, and the codes with the largest remainders once more (ties: the lowest),
     so that each share is off by less than 1/draws. One draw gives the nearest code.
     """
+    _check(temperature)
     codes = torch.empty(len(x), draws, dtype=torch.int64, device=x.device)
     most = min(draws, len(vectors))
     every = torch.arange(len(vectors), device=x.device)
@@ -79,6 +83,11 @@ def apportion(
             times, size = times.long().reshape(-1), len(shares) * draws
             codes[rows] = every.repeat(len(shares)).repeat_interleave(times, output_size=size).view(-1, draws)
     return codes
+
+
+def _check(temperature: float) -> None:
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be a positive number (near 0 is the nearest code)")
 
 
 def _tiles(

@@ -102,8 +102,10 @@ def race(
     return times / weights.to(torch.float64)
 
 
-def default_keys(count: int, rank: int, device: torch.device | str | None = None) -> Int64[Tensor, " count"]:
-    """Keys for keys=None: (worker, position) in one number, never equal between workers.
+def default_keys(
+    count: int, rank: int, device: torch.device | str | None = None, *, start: int = 0
+) -> Int64[Tensor, " count"]:
+    """Keys for keys=None: (worker, position) in one number, never equal between workers; positions begin at `start`.
 
     Synchronised, but not the same for another number of workers. They are all negative, so they also stay apart from
     row ids.
@@ -111,9 +113,12 @@ def default_keys(count: int, rank: int, device: torch.device | str | None = None
     Raises:
         ValueError: a position or worker beyond the range (2^40 positions, 2^22 workers).
     """
-    if not 0 <= count <= 2**_POSITION_BITS or not 0 <= rank < 2**22:
-        raise ValueError(f"count {count} and rank {rank} must lie in [0, 2^{_POSITION_BITS}] and [0, 2^22)")
-    return torch.arange(count, device=device) - ((rank + 1) << _POSITION_BITS)
+    end = start + count
+    if not 0 <= start <= end <= 2**_POSITION_BITS or not 0 <= rank < 2**22:
+        raise ValueError(
+            f"positions {start} to {end} and rank {rank} must lie in [0, 2^{_POSITION_BITS}] and [0, 2^22)"
+        )
+    return torch.arange(start, end, device=device) - ((rank + 1) << _POSITION_BITS)
 
 
 def _check_keys(keys: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Sums over workers, as a callable: the only thing vqcore knows about the cluster."""
 
+from inspect import getattr_static
 from typing import Protocol, runtime_checkable
 
 import torch.distributed as dist
@@ -42,6 +43,18 @@ class OverGroup:
 
     def __call__(self, tensor: Tensor) -> None:
         dist.all_reduce(tensor)
+
+
+def check_reduction(reduce: object) -> None:
+    """Raise ValueError for what is neither None nor a `Reduction`. Nothing is called or read: a group may not exist
+    yet."""
+    absent = object()
+    lacks = [name for name in ("__call__", "rank", "world") if getattr_static(reduce, name, absent) is absent]
+    if reduce is not None and lacks:
+        raise ValueError(
+            f"reduce is {reduce!r}, which lacks {', '.join(lacks)}; it must sum a float64 tensor in place over "
+            "workers and say its `rank` and `world`, as vqcore.reduction.OverGroup does. None is torch.distributed"
+        )
 
 
 def resolve(reduce: Reduction | None) -> Reduction:

@@ -24,6 +24,7 @@ SAMPLE, SPREAD = 1, 2
 
 _SAMPLE_VALUES = 2**25  # numbers in a sample: 128 MiB as float32
 _REDUCED_VALUES = 2**21  # numbers in one reduce of sampled vectors: 16 MiB as float64
+_COPIED_VALUES = 2**18  # numbers copied at a time: 1 MiB
 _MOST_ROUNDS = 1024
 
 
@@ -78,24 +79,26 @@ def draw_sample(
     """A uniform sample of `size` (sample_size(K, D)) of all workers' vectors, without replacement, in race order.
 
     `like` is the codebook to be seeded: its shape, type and device. Workers may offer different numbers of batches,
-    also none. Memory: up to twice the sample, plus one batch. Raises ValueError, on all workers alike, where there are
-    fewer usable vectors than codes.
+    also none. Memory: up to three times the sample, plus one batch. Raises ValueError, on all workers alike, where
+    there are fewer usable vectors than codes.
     """
     num_codes, code_dim = like.shape
     size = sample_size(num_codes, code_dim) if size is None else size
     race, rows = like.new_zeros(0, dtype=torch.float64), like.new_zeros(0, code_dim)
     waiting: list[tuple[Tensor, Tensor]] = []
     counted = torch.zeros(2, dtype=torch.float64, device=like.device)
-    held = 0
+    held, slowest = 0, math.inf
     for offer in offers:
-        drawn = noise.race(seed, 0, offer.keys[offer.usable], level=level, stream=SAMPLE)
-        waiting.append((drawn, offer.rows[offer.usable].to(like)))
-        counted += torch.tensor([len(drawn), offer.non_finite], dtype=torch.float64, device=like.device)
-        held += len(drawn)
+        drawn = noise.race(seed, 0, offer.keys, level=level, stream=SAMPLE)
+        counted += torch.stack([offer.usable.sum(), torch.tensor(offer.non_finite, device=like.device)])
+        entered = (offer.usable & (drawn < slowest)).nonzero().squeeze(-1)  # of most batches, next to none
+        waiting.append((drawn[entered], offer.rows[entered].to(like)))
+        held += len(entered)
         if held > size:
             race, rows = _smallest([(race, rows), *waiting], size)
-            waiting, held = [], 0
+            waiting, held, slowest = [], 0, float(race[-1])
     race, rows = _smallest([(race, rows), *waiting], size)
+    waiting = []
     reduce(counted)
     seen, non_finite = (int(total) for total in counted.tolist())
     if seen < num_codes:
@@ -107,9 +110,18 @@ def draw_sample(
 
 
 def _smallest(parts: list[tuple[Tensor, Tensor]], size: int) -> tuple[Tensor, Tensor]:
+    """The `size` rows with the smallest race keys, in their order; each is copied once, to its place."""
     race = torch.cat([part[0] for part in parts])
     order = torch.argsort(race, stable=True)[:size]
-    return race[order], torch.cat([part[1] for part in parts])[order]
+    place = torch.full_like(race, -1, dtype=torch.int64)
+    place[order] = torch.arange(len(order), device=race.device)
+    rows = parts[0][1].new_empty(len(order), parts[0][1].shape[1])
+    block = max(1, _COPIED_VALUES // rows.shape[1])
+    for part, places in zip(parts, place.split([len(part[0]) for part in parts]), strict=True):
+        for some, where in zip(part[1].split(block), places.split(block), strict=True):
+            kept = where >= 0
+            rows[where[kept]] = some[kept]
+    return race[order], rows
 
 
 def _merge(race: Tensor, rows: Tensor, total: int, reduce: Reduction) -> Tensor:

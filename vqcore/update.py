@@ -47,6 +47,10 @@ class Rule:
     """(book, global counts, global sums, decay, eps) -> moves the book; None: `book.ema_update`. A module-level
     function, for the systems whose source updates by another rule."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed is {self.seed!r}; it must be a whole number")
+
     @property
     def revived_count(self) -> float:
         """EMA count a revived or freshly seeded code starts from: some steps of grace before it can be dead again."""
@@ -116,7 +120,15 @@ class Statistics:
                 raise ValueError("keys are needed where revive_below > 0: they draw the replacements of dead codes")
             if level in self._recent:
                 self._settle(*self._bound())
-            self._recent[level] = (x.detach(), valid, keys)
+            self._recent[level] = (x, valid, keys)
+
+    def hold(self) -> None:
+        """Keep what the caller may overwrite before the update, which waits for the end of a block: raw data in a
+        buffer that is filled again. What a graph made is left to autograd, which notices."""
+        self._recent = {
+            level: (x.detach() if x.requires_grad else x.clone(), valid, keys.clone())
+            for level, (x, valid, keys) in self._recent.items()
+        }
 
     def _bound(self) -> tuple[int, int]:
         """How many codes can be dead after this update (new vectors only add to a count), and the step it is."""
@@ -139,7 +151,7 @@ class Statistics:
             # A zero vector has no direction to offer.
             usable = valid & (x != 0).any(-1) if self.book.unit_norm else valid
             race = noise.race(self.rule.seed, step, keys[usable], level=self.rule.level + level, stream=REVIVAL)
-            rows = x[usable]
+            rows = x.detach()[usable]
             if self._best is not None:
                 race, rows = torch.cat([self._best[0], race]), torch.cat([self._best[1], rows])
             order = torch.argsort(race, stable=True)[:limit]

@@ -19,6 +19,7 @@ SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "tes
 )
 MISSING = ("", "nan", "na", "n/a", "none", "null")
 MOST_CLASSES = 1000
+MOST_LABEL = float(np.finfo(np.float32).max)
 
 
 def split_of(found: Sequence[Source], asked: str | None) -> tuple[str | None, list[str]]:
@@ -70,7 +71,7 @@ def label_values(given: Mapping[str, Any], context: Mapping[str, Any]) -> np.nda
         number = as_number(value) if classes is None else float(classes.index(str(value).strip()))
         if number is None:
             raise UnreadableMolecule("a label is no number")
-        if not abs(number) <= np.finfo(np.float32).max:
+        if not abs(number) <= MOST_LABEL:
             raise UnreadableMolecule("a label is not finite")
         labels.append(number)
     return np.array(labels, np.float32)

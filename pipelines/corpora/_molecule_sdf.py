@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from pipelines.corpora import Bad, Slice
+from pipelines.corpora import _text_records as scan
 from pipelines.corpora import _text_tables as tables
 from pipelines.errors import Refused
 from pipelines.storage import Entry
@@ -36,7 +37,7 @@ def of_sdf(entry: Entry, prefix: str) -> list[Slice]:
             units, end = units + 1, stop
             if end - begin >= SLICE_BYTES:
                 cut()
-    except (tables.Damaged, Refused) as trouble:
+    except (scan.Damaged, Refused) as trouble:
         units += 1
         lost = {"lost": tables.first_line(trouble)}
     cut()
@@ -47,16 +48,16 @@ def _cuts(uri: str, offset: int, length: int | None) -> Iterator[tuple[int, int,
     """(start, stop, bytes or None where they are too many) of the records, each with its line of four dollars."""
     lines: list[bytes] = []
     size, begin, end = 0, None, offset
-    for start, stop, line in tables.text_records(uri, "lines", None, offset, length):
+    for start, stop, line in scan.lines(uri, offset, length):
         begin, end = start if begin is None else begin, stop
-        size += tables.MOST_RECORD_BYTES + 1 if line is None else len(line)
-        if size <= tables.MOST_RECORD_BYTES and line is not None:
+        size += scan.MOST_RECORD_BYTES + 1 if line is None else len(line)
+        if size <= scan.MOST_RECORD_BYTES and line is not None:
             lines.append(line)
         if line is not None and line.startswith(b"$$$$"):
-            yield begin, end, b"".join(lines) if size <= tables.MOST_RECORD_BYTES else None
+            yield begin, end, b"".join(lines) if size <= scan.MOST_RECORD_BYTES else None
             lines, size, begin = [], 0, None
-    if begin is not None and (size > tables.MOST_RECORD_BYTES or b"".join(lines).strip()):
-        yield begin, end, b"".join(lines) if size <= tables.MOST_RECORD_BYTES else None
+    if begin is not None and (size > scan.MOST_RECORD_BYTES or b"".join(lines).strip()):
+        yield begin, end, b"".join(lines) if size <= scan.MOST_RECORD_BYTES else None
 
 
 def records(piece: Slice) -> Iterator[tuple[int, bytes | None]]:
@@ -75,13 +76,13 @@ def read_sdf(piece: Slice, wanted: tables.Wanted) -> Iterator[tuple[int, str | B
                 continue
             name = tables.unit_name(piece, unit)
             if record is None:
-                yield unit, Bad(name, f"more than {tables.MOST_RECORD_BYTES:,} bytes"), b"too long"
+                yield unit, Bad(name, f"more than {scan.MOST_RECORD_BYTES:,} bytes"), b"too long"
                 continue
             try:
                 yield unit, record.decode(), hashlib.sha256(record).digest()
             except UnicodeDecodeError:
                 yield unit, Bad(name, tables.NOT_UTF8), hashlib.sha256(record).digest()
-    except (tables.Damaged, OSError, Refused) as trouble:
+    except (scan.Damaged, OSError, Refused) as trouble:
         reason = tables.first_line(trouble)
     for lost in range(unit + 1, count):
         if wanted(lost):

@@ -1,16 +1,8 @@
-"""Records of text: CSV, TSV, lines, whole documents and Parquet, plain or .gz, cut into slices of whole records.
-
-What a record is follows Python's csv module: line ends are LF, CRLF or CR, and do not count inside quotes. One scanner
-finds the records both when the file is surveyed and when a slice of it is read, so both see the same ones.
-"""
+"""Records of text: CSV, TSV, lines, whole documents and Parquet, plain or .gz, cut into slices of whole records."""
 
 import csv
 import hashlib
-import re
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from functools import cache as once
 from functools import partial
 from itertools import islice, pairwise
 from typing import Any, Literal
@@ -20,6 +12,7 @@ import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.corpora import Bad, Slice
+from pipelines.corpora import _text_records as scan
 from pipelines.errors import Failed, Refused, nearest_names
 from pipelines.storage import Entry
 
@@ -43,19 +36,11 @@ TEXT = "text"
 SLICE_BYTES = 64 << 20
 MOST_SLICE_BYTES = 256 << 20
 """Of a .gz, unpacked: each slice unpacks all that lies before it, so there are few."""
-MOST_RECORD_BYTES = 16 << 20
-"""A record that is longer is quarantined: an open quote or a bomb, and nothing that a row could hold."""
-BLOCK_BYTES = 4 << 20
 ROWS_AT_ONCE = 1024
 
-BOM = b"\xef\xbb\xbf"
 TOO_LONG = "a quote opened in it is never closed, or it is longer than a record may be"
 NOT_UTF8 = "not UTF-8 text"
 PARQUET_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
-
-
-class Damaged(Exception):
-    """The rest of a file cannot be read; what came before it is good."""
 
 
 def layout_of(name: str) -> Layout | None:
@@ -74,9 +59,9 @@ def columns_of(entry: Entry, layout: Layout, *, header: bool = True, quoted: boo
         if layout == "parquet":
             with storage.open_read(entry.uri) as file:
                 return list(pq.ParquetFile(file).schema_arrow.names)
-        first = next(text_records(entry.uri, layout, quoted, 0, None), None)
+        first = next(scan.records(entry.uri, DELIMITERS[layout], _quotes(layout, quoted), 0, None), None)
         fields = _fields(first[2], DELIMITERS[layout], _quotes(layout, quoted)) if first and first[2] else []
-    except (*PARQUET_DAMAGE, Damaged, Refused, ValueError, csv.Error):
+    except (*PARQUET_DAMAGE, scan.Damaged, Refused, ValueError, csv.Error):
         return []
     return fields if header else [f"column_{place}" for place in range(1, len(fields) + 1)]
 
@@ -149,7 +134,7 @@ def read_table(piece: Slice, wanted: Wanted) -> Units:
                 values, fingerprint = found()
                 yield unit, Bad(unit_name(piece, unit), values) if isinstance(values, str) else values, fingerprint
             unit += 1
-    except (*PARQUET_DAMAGE, Damaged, Refused, Failed) as trouble:
+    except (*PARQUET_DAMAGE, scan.Damaged, Refused, Failed) as trouble:
         reason = first_line(trouble)
     for lost in range(unit, count):
         if wanted(lost):
@@ -179,7 +164,7 @@ def _of_text(entry: Entry, prefix: str, meta: dict[str, Any], skip: int, slice_b
         first, begin = units, end
 
     try:
-        for _, stop, record in text_records(entry.uri, meta["layout"], meta["quoted"], 0, None):
+        for _, stop, record in scan.records(entry.uri, DELIMITERS[meta["layout"]], meta["quoted"], 0, None):
             if skip:
                 skip, begin, end = skip - 1, stop, stop
                 continue
@@ -188,7 +173,7 @@ def _of_text(entry: Entry, prefix: str, meta: dict[str, Any], skip: int, slice_b
             if units > first and stop - begin > most:
                 cut()
             units, end = units + 1, stop
-    except Damaged as trouble:
+    except scan.Damaged as trouble:
         # One unit stands for all that is lost.
         units, meta = units + 1, {**meta, "lost": str(trouble)}
     cut()
@@ -199,7 +184,7 @@ def _read_text(piece: Slice) -> Iterator[Read]:
     meta = piece.meta
     layout, quoted, fields, columns = meta["layout"], meta["quoted"], meta["fields"], meta["columns"]
     # The csv module's own bound (128 KiB a field) is lower; it is one for the whole process.
-    csv.field_size_limit(max(csv.field_size_limit(), MOST_RECORD_BYTES))
+    csv.field_size_limit(max(csv.field_size_limit(), scan.MOST_RECORD_BYTES))
 
     def parsed(record: bytes | None) -> tuple[dict[str, Any] | str, bytes]:
         if record is None:
@@ -215,7 +200,7 @@ def _read_text(piece: Slice) -> Iterator[Read]:
             return f"it has {'more' if len(values) > fields else 'fewer'} fields than the header", digest
         return {name: values[place] for name, place in columns.items()}, digest
 
-    for _, _, record in text_records(piece.uri, layout, quoted, meta["offset"], meta["length"]):
+    for _, _, record in scan.records(piece.uri, DELIMITERS[layout], quoted, meta["offset"], meta["length"]):
         if record is None or record.strip(b"\r\n") or layout == "lines":
             yield partial(parsed, record)
 
@@ -225,15 +210,15 @@ def _read_document(piece: Slice, wanted: Wanted) -> Units:
         return
     data, reason = b"", None
     try:
-        for block in _blocks(piece.uri, 0, MOST_RECORD_BYTES + 1):
+        for block in scan.blocks(piece.uri, 0, scan.MOST_RECORD_BYTES + 1):
             data += block
-    except (Damaged, OSError, Refused, Failed) as trouble:
+    except (scan.Damaged, OSError, Refused, Failed) as trouble:
         reason = first_line(trouble)
     digest = hashlib.sha256(data).digest()
-    if len(data) > MOST_RECORD_BYTES:
-        reason = f"more than {MOST_RECORD_BYTES:,} bytes"
+    if len(data) > scan.MOST_RECORD_BYTES:
+        reason = f"more than {scan.MOST_RECORD_BYTES:,} bytes"
     try:
-        text = data.removeprefix(BOM).decode()
+        text = data.removeprefix(scan.BOM).decode()
     except UnicodeDecodeError:
         reason = reason or NOT_UTF8
     yield 0, Bad(piece.name, reason) if reason else {TEXT: text}, digest
@@ -274,96 +259,6 @@ def _parquet_record(batch: pa.RecordBatch, row: int) -> tuple[dict[str, Any] | s
     return values, hashlib.sha256(repr(values).encode("utf-8", "backslashreplace")).digest()
 
 
-def text_records(
-    uri: str, layout: str, quoted: bool | None, offset: int, length: int | None
-) -> Iterator[tuple[int, int, bytes | None]]:
-    """(start, stop, bytes or None where they are too many) of the records in a range that begins with one.
-
-    Blank lines are among them: of a table they are no records, but start and stop must not jump.
-    """
-    pattern = _record_pattern(DELIMITERS[layout], _quotes(layout, quoted))
-    blocks = _blocks(uri, offset, length)
-    data, base, final, too_long = b"", offset, False, None
-    while not final:
-        block = next(blocks, b"")
-        final = not block
-        if base == 0 and BOM.startswith((data + block)[: len(BOM)]):
-            data += block
-            if len(data) < len(BOM) and not final:
-                continue
-            block, data, base = data.removeprefix(BOM), b"", len(BOM) if data.startswith(BOM) else 0
-        data += block
-        if too_long is not None:
-            end = _line_end(data, 0, final)
-            if end is None and not final:
-                # The last byte may be the CR of a CRLF.
-                base, data = base + len(data) - 1, data[-1:]
-                continue
-            end = len(data) if end is None else end
-            yield too_long, base + end, None
-            base, data, too_long = base + end, data[end:], None
-        done = 0
-        for start, stop, good in _complete_records(data, final, pattern):
-            if stop is None:
-                too_long, done = base + start, len(data) - 1
-                break
-            yield base + start, base + stop, data[start:stop] if good else None
-            done = stop
-        base, data = base + done, data[done:]
-
-
-def _complete_records(data: bytes, final: bool, pattern: re.Pattern[bytes]) -> Iterator[tuple[int, int | None, bool]]:
-    """(start, stop, whether it is good) of the records that end in `data`, which begins with one.
-
-    Of one that is too long its first line is bad, and reading goes on in the next line: one stray quote must not
-    swallow the rest of a file. Where even that line has no end yet, stop is None.
-    """
-    start = 0
-    while start < len(data):
-        for match in pattern.finditer(data, start):
-            start, stop = match.span()
-            if start == stop:
-                return
-            opened = match["open"] is not None
-            if stop - start > MOST_RECORD_BYTES or (opened and final):
-                break
-            # At the end of a block, whether CR is followed by LF or a quote by a quote is not known yet.
-            if not final and (opened or (stop == len(data) and not data.endswith(b"\n"))):
-                return
-            yield start, stop, True
-        else:
-            return
-        end = _line_end(data, start, final)
-        if end is None:
-            yield start, len(data) if final else None, False
-            return
-        yield start, end, False
-        start = end
-
-
-def _line_end(data: bytes, start: int, final: bool) -> int | None:
-    """Where the first line end from `start` on ends; None where there is none, or not yet."""
-    feed = data.find(b"\n", start)
-    carriage = data.find(b"\r", start, feed if feed >= 0 else len(data))
-    if carriage < 0:
-        return feed + 1 if feed >= 0 else None
-    if carriage + 1 == len(data) and not final:
-        return None
-    return carriage + (2 if carriage + 1 == feed else 1)
-
-
-@once
-def _record_pattern(delimiter: str, quoted: bool) -> re.Pattern[bytes]:
-    """One record with its line end; its group `open` took part where a quote is open at the end of the data.
-
-    A quote opens only at the start of a field. Nothing in the pattern goes back, so it runs in linear time.
-    """
-    if not quoted:
-        return re.compile(rb"[^\r\n]*+(?:\r\n?|\n|\Z)(?P<open>(?!))?")
-    first = rb'(?<![^\r\n%s])"' % re.escape(delimiter.encode())
-    return re.compile(rb'(?:%s(?:[^"]++|"")*+(?:"|(?P<open>\Z))|[^"\r\n]++|")*+(?:\r\n?|\n|\Z)' % first)
-
-
 def _fields(record: bytes, delimiter: str, quoted: bool) -> list[str]:
     text = record.decode()
     if not delimiter:
@@ -375,66 +270,14 @@ def _quotes(layout: str, quoted: bool | None) -> bool:
     return layout == "csv" if quoted is None else quoted
 
 
-def _blocks(uri: str, offset: int, length: int | None) -> Iterator[bytes]:
-    """The bytes [offset, offset + length) of a file, of a .gz of what it unpacks to.
-
-    Raises:
-        Damaged: what cannot be read, after all that can.
-    """
-    with storage.open_read(uri) as file:
-        if not uri.lower().endswith(".gz"):
-            file.seek(offset)
-            while block := file.read(BLOCK_BYTES if length is None else min(BLOCK_BYTES, length)):
-                length = None if length is None else length - len(block)
-                yield block
-            return
-        for block in _unpacked(file):
-            kept = block[offset:] if length is None else block[offset : offset + length]
-            offset = max(0, offset - len(block))
-            length = None if length is None else length - len(kept)
-            if kept:
-                yield kept
-            if length == 0:
-                return
-
-
-def _unpacked(file: Any) -> Iterator[bytes]:
-    """What a gzip file of one or more members unpacks to, in blocks. gzip.GzipFile loses what it read before damage."""
-    packed, engine, fresh = b"", zlib.decompressobj(31), True
-    while packed := (packed or file.read(1 << 16)):
-        before = engine.copy()
-        try:
-            block = engine.decompress(packed, BLOCK_BYTES)
-        except zlib.error as trouble:
-            yield _until_damage(before, packed)
-            raise Damaged(f"the gzip stream is damaged: {trouble}") from None
-        packed, fresh = engine.unconsumed_tail, False
-        if block:
-            yield block
-        if engine.eof:
-            # Padding with zeros may follow a member.
-            packed = engine.unused_data.lstrip(b"\0")
-            engine, fresh = zlib.decompressobj(31), True
-    if not fresh:
-        raise Damaged("the gzip stream is cut off")
-
-
-def _until_damage(engine: Any, packed: bytes) -> bytes:
-    """A call that fails gives nothing of what it unpacked: byte by byte, all that comes before the damage is had."""
-    good: list[bytes] = []
-    with suppress(zlib.error):
-        good.extend(engine.decompress(packed[place : place + 1]) for place in range(len(packed)))
-    return b"".join(good)
-
-
 def _why_no_columns(entry: Entry, layout: str) -> str:
     try:
         if layout == "parquet":
             with storage.open_read(entry.uri) as file:
                 pq.ParquetFile(file)
             return "a Parquet file without columns"
-        first = next(text_records(entry.uri, layout, None, 0, None), None)
-    except (*PARQUET_DAMAGE, Damaged, Refused) as trouble:
+        first = next(scan.records(entry.uri, DELIMITERS[layout], _quotes(layout, None), 0, None), None)
+    except (*PARQUET_DAMAGE, scan.Damaged, Refused) as trouble:
         return f"could not be read: {first_line(trouble)}"
     return "its first record is no header of a table" if first else "the file is empty"
 

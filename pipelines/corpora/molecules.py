@@ -2,17 +2,16 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Bool, Shaped
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from pipelines import storage
+from pipelines.columns import padded, ragged_field
 from pipelines.corpora import Bad, Corpus, CorpusSettings, Filtered, Row, Slice, Survey, _sources
 from pipelines.corpora import _molecule_citations as citations
 from pipelines.corpora import _molecule_features as features
@@ -27,11 +26,14 @@ READ = ".csv, .tsv and .parquet with a column of SMILES (.csv and .tsv also as .
 
 class MoleculeSettings(CorpusSettings):
     graphs: Literal["molecules", "citations"] = Field("molecules", description="citations reads .npz citation graphs")
-    smiles: str | None = Field(None, description="column of SMILES; none finds it by its usual names")
+    # What columns are called differs between files of one preparation; the context says which labels were taken.
+    smiles: str | None = Field(None, exclude=True, description="column of SMILES; none finds it by its usual names")
     labels: tuple[str, ...] | None = Field(
-        (), description="label columns; by default every column of numbers that is no index; `none` for no labels"
+        (), exclude=True, description="label columns; default every column of numbers that is no index; `none`: none"
     )
-    split: str | None = Field(None, description="column of official splits; by default `split` where it holds splits")
+    split: str | None = Field(
+        None, exclude=True, description="column of official splits; default `split` where it holds splits"
+    )
     split_by: Literal["scaffold", "molecule"] = Field(
         "scaffold", description="what stays together where no split is official (out of domain, in domain)"
     )
@@ -151,10 +153,10 @@ def _molecule(
     except features.UnreadableMolecule as trouble:
         return Bad(found.name, str(trouble))
     values = {
-        "nodes": graph.nodes.reshape(-1),
+        "nodes": graph.nodes,
         "num_nodes": len(graph.nodes),
-        "edges": graph.edges.reshape(-1),
-        "edge_features": graph.edge_features.reshape(-1),
+        "edges": graph.edges,
+        "edge_features": graph.edge_features,
         "num_edges": len(graph.edges),
         "labels": labels,
         "smiles": smiles,
@@ -170,7 +172,7 @@ def _node_row(node: citations.Neighbourhood) -> Row:
         "word_counts": node.word_counts,
         "node_ids": node.nodes,
         "num_nodes": len(node.nodes),
-        "edges": node.edges.reshape(-1),
+        "edges": node.edges,
         "num_edges": len(node.edges),
         "label": node.label,
         "name": node.name,
@@ -179,33 +181,33 @@ def _node_row(node: citations.Neighbourhood) -> Row:
 
 
 def schema(settings: MoleculeSettings) -> pa.Schema:
-    def ragged(name: str, kind: pa.DataType, shape: str) -> pa.Field:
-        return pa.field(name, pa.list_(kind), metadata={"shape": shape})
-
+    number, text = pa.int32(), pa.string()
     if settings.graphs == "citations":
-        fields = [
-            ragged("words", pa.int32(), "[sum of word_counts]"),
-            ragged("word_counts", pa.int32(), "[A]"),
-            ragged("node_ids", pa.int32(), "[A]"),
-            pa.field("num_nodes", pa.int32()),
-            ragged("edges", pa.int32(), "[E, 2]"),
-            pa.field("num_edges", pa.int32()),
-            pa.field("label", pa.int32()),
-            pa.field("name", pa.string()),
+        return pa.schema(
+            [
+                ragged_field("words", number),
+                ragged_field("word_counts", number),
+                ragged_field("node_ids", number),
+                ("num_nodes", number),
+                ragged_field("edges", number, (2,)),
+                ("num_edges", number),
+                ("label", number),
+                ("name", text),
+            ]
+        )
+    return pa.schema(
+        [
+            ragged_field("nodes", pa.int16(), (2,)),
+            ("num_nodes", number),
+            ragged_field("edges", number, (2,)),
+            ragged_field("edge_features", pa.int8(), (2,)),
+            ("num_edges", number),
+            ragged_field("labels", pa.float32()),
+            ("smiles", text),
+            ("scaffold", text),
+            ("name", text),
         ]
-        return pa.schema(fields)
-    fields = [
-        ragged("nodes", pa.int16(), "[A, 2]"),
-        pa.field("num_nodes", pa.int32()),
-        ragged("edges", pa.int32(), "[E, 2]"),
-        ragged("edge_features", pa.int8(), "[E, 2]"),
-        pa.field("num_edges", pa.int32()),
-        ragged("labels", pa.float32(), "[T]"),
-        pa.field("smiles", pa.string()),
-        pa.field("scaffold", pa.string()),
-        pa.field("name", pa.string()),
-    ]
-    return pa.schema(fields)
+    )
 
 
 def shapes(settings: MoleculeSettings) -> dict[str, list[int] | None]:
@@ -220,52 +222,40 @@ def tensors(stored: dict[str, Any], settings: MoleculeSettings) -> dict[str, Ten
     Molecules: nodes [B, A, 2], edges [B, E, 2] and edge_features [B, E, 2] int64, labels [B, T] float32 with 0 where
     labels_mask is False: a NaN would cost the row. Citations: words [B, A, W] int64, label [B] int64.
     """
-    edges, edges_mask = _padded(stored["edges"], 2)
+    edges, edges_mask = padded(stored["edges"], (2,))
     if settings.graphs == "citations":
-        words, words_mask = _padded_twice(stored["words"], stored["word_counts"])
+        words, words_mask = _words(stored["words"], stored["word_counts"])
         return {
             "words": words,
             "words_mask": words_mask,
-            "nodes_mask": _padded(stored["word_counts"], 1)[1],
-            "edges": edges,
+            "nodes_mask": padded(stored["node_ids"])[1],
+            "edges": edges.long(),
             "edges_mask": edges_mask,
-            "label": torch.from_numpy(np.asarray(stored["label"]).astype(np.int64)),
+            "label": torch.from_numpy(stored["label"]).long(),
         }
-    nodes, nodes_mask = _padded(stored["nodes"], 2)
-    labels = torch.from_numpy(np.stack([np.asarray(row, np.float32) for row in stored["labels"]]))
+    nodes, nodes_mask = padded(stored["nodes"], (2,))
+    labels = padded(stored["labels"])[0]
     return {
-        "nodes": nodes,
+        "nodes": nodes.long(),
         "nodes_mask": nodes_mask,
-        "edges": edges,
+        "edges": edges.long(),
         "edges_mask": edges_mask,
-        "edge_features": _padded(stored["edge_features"], 2)[0],
+        "edge_features": padded(stored["edge_features"], (2,))[0].long(),
         "labels": labels.nan_to_num(nan=0.0),
         "labels_mask": ~labels.isnan(),
     }
 
 
-def _padded(rows: Sequence[Any], width: int) -> tuple[Shaped[Tensor, "B L *W"], Bool[Tensor, "B L"]]:
-    """Rows of L x width numbers, row-major; a width of 1 gives no last dimension."""
-    arrays = [np.asarray(row, np.int64).reshape(-1, width) for row in rows]
-    longest = max((len(array) for array in arrays), default=0)
-    values = np.zeros((len(arrays), longest, width), np.int64)
-    mask = np.zeros((len(arrays), longest), bool)
-    for place, array in enumerate(arrays):
-        values[place, : len(array)] = array
-        mask[place, : len(array)] = True
-    return torch.from_numpy(values if width > 1 else values[..., 0]), torch.from_numpy(mask)
-
-
-def _padded_twice(words: Sequence[Any], counts: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    most = max((len(row) for row in counts), default=0)
-    longest = max((int(count) for row in counts for count in row), default=0)
-    values = np.zeros((len(counts), most, longest), np.int64)
-    mask = np.zeros(values.shape, bool)
-    for row, (flat, sizes) in enumerate(zip(words, counts, strict=True)):
-        for node, (low, high) in enumerate(pairwise(np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).tolist())):
-            values[row, node, : high - low] = flat[low:high]
-            mask[row, node, : high - low] = True
-    return torch.from_numpy(values), torch.from_numpy(mask)
+def _words(words: Sequence[np.ndarray], counts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """(words [B, A, W], mask) of B graphs: all words of a graph one behind the other, and how many each node has."""
+    sizes = [np.asarray(row) for row in counts]
+    nodes = [node for row, many in zip(words, sizes, strict=True) for node in np.split(row, np.cumsum(many)[:-1])]
+    flat, flat_mask = padded(nodes)
+    _, real = padded(counts)
+    values = torch.zeros((*real.shape, flat.shape[1]), dtype=torch.int64)
+    mask = torch.zeros(values.shape, dtype=torch.bool)
+    values[real], mask[real] = flat.long(), flat_mask
+    return values, mask
 
 
 def write_files(columns: dict[str, Tensor], stems: list[str], directory: str, settings: MoleculeSettings) -> None:

@@ -33,6 +33,7 @@ from tests.contracts.steps import (
 from tests.together import Seat, together
 from tests.vqcore.quantizers.cases import D, all_cases
 from vqcore.quantizers import Quantizer, VectorBatch
+from vqcore.reduction import OverGroup
 from vqcore.seeding import kmeans_plus_plus, random_rows
 
 Make = Callable[..., Any]
@@ -85,6 +86,14 @@ def test_it_is_a_quantizer(make: Make) -> None:
     assert q.last_counts
 
 
+def test_printed_it_says_its_sizes_and_settings(make: Make) -> None:
+    said, taken = repr(make()), inspect.signature(make).parameters
+    assert "num_codes=" in said
+    assert f"code_dim={D}" in said
+    for name in ("metric", "decay", "revive_below", "temperature", "draws", "joint", "curvature", "top_k"):
+        assert name not in taken or f"{name}=" in said, said
+
+
 def test_every_quantizer_of_the_package_has_cases() -> None:
     """A quantizer that no case builds would keep none of these promises."""
     calls = ("discrete", "accumulates", "seeded", "last_counts", "seed", "accumulate", "revived_parameters")
@@ -108,15 +117,51 @@ def test_every_quantizer_of_the_package_has_cases() -> None:
         )
 
 
+WRONG = {
+    "estimator": [("rotate", r"'rotate'.*vqcore\.estimators\.rotate")],
+    "seeding": [("kmeans", r"'kmeans'.*vqcore\.seeding\.kmeans_plus_plus"), (True, "True")],
+    "reduce": [(torch.distributed.all_reduce, "lacks rank, world"), (2, "is 2, which lacks")],
+    "seed": [(None, "seed is None.*whole number"), (1.5, r"seed is 1\.5"), (True, "seed is True")],
+    "commitment_weight": [(-1.0, r"-1\.0.*0 or a positive"), (float("inf"), "is inf")],
+    "temperature": [(0.0, r"temperature is 0\.0.*positive")],
+    "revive_below": [(-1.0, r"revive_below is -1\.0"), (float("nan"), "is nan")],
+    "decay": [(1.0, r"decay is 1\.0.*\[0, 1\)")],
+}
+
+
+def test_wrong_settings_are_refused_when_built_and_say_what_was_given(make: Make) -> None:
+    taken = WRONG.keys() & inspect.signature(make).parameters.keys()
+    assert {"reduce", "seed"} <= taken
+    for name in taken:
+        for value, said in WRONG[name]:
+            with pytest.raises(ValueError, match=said):
+                make(**{name: value})
+
+
+def test_a_reduction_that_has_no_group_yet_may_be_given(make: Make) -> None:
+    """R1: the order of building a quantizer and its group does not matter."""
+    assert make(reduce=OverGroup()).seeded
+
+
+@pytest.mark.parametrize("name", SEEDED_FROM_DATA)
+@pytest.mark.parametrize("given", [drawn(1, 3, ROWS, D), [drawn(1, ROWS, D)]], ids=["a tensor", "tensors"])
+def test_seed_refuses_what_are_not_batches(name: str, given: Any) -> None:
+    q = CASES[name](seed=2, seeding=random_rows)
+    with pytest.raises(ValueError, match=r"got a Tensor.*VectorBatch\(x\)"):
+        q.seed(given)
+    assert not q.seeded
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        ((torch.zeros(3, D).numpy(),), "device 'cpu' of another library.*from_numpy"),
         ((torch.zeros(3, D + 1),), r"shape \(3, 5\).*\[\.\.\., 4\]"),
         ((torch.zeros(3, D, dtype=torch.int64),), "int64"),
         ((torch.zeros(3, D), torch.ones(4, dtype=torch.bool)), r"mask is torch.bool of shape \(4,\)"),
         ((torch.zeros(3, D), torch.ones(3)), "mask is torch.float32"),
     ],
-    ids=["code_dim", "integers", "mask shape", "mask type"],
+    ids=["numpy", "code_dim", "integers", "mask shape", "mask type"],
 )
 def test_wrong_shapes_are_refused(make: Make, arguments: tuple[Any, ...], said: str) -> None:
     q = make(seed=2)
@@ -430,6 +475,22 @@ def test_accumulate_equals_one_forward_on_all(name: str) -> None:
     assert revived or not revives(q), "the case must revive something"
 
 
+@pytest.mark.parametrize("name", ACCUMULATING)
+def test_a_batch_may_come_in_a_buffer_that_is_filled_again(name: str) -> None:
+    """Raw data often does. Vectors that a block keeps for revival must not change under it."""
+    q, fresh = CASES[name](seed=2), CASES[name](seed=2)
+    buffer, named = torch.empty(20, D), torch.empty(20, dtype=torch.int64)
+    for step in range(4):
+        with q.accumulate(count=ROWS), fresh.accumulate(count=ROWS):
+            for part in range(3):
+                x, keys = batch(3 * step + part, 20), torch.arange(20) + 20 * (3 * step + part)
+                q(buffer.copy_(x), None, named.copy_(keys))
+                fresh(x, None, keys)
+            buffer.fill_(torch.nan)
+        assert has_revived(q) == has_revived(fresh)
+    assert bits(q) == bits(fresh)
+
+
 def broken_block(q: AnyQuantizer, x: Tensor) -> None:
     with q.accumulate(count=ROWS):
         q(x)
@@ -449,12 +510,13 @@ def test_an_exception_inside_accumulate_leaves_the_state_as_it_was(name: str) ->
 
 
 @pytest.mark.parametrize("name", ACCUMULATING)
-def test_accumulate_does_not_nest_and_refuses_a_negative_count(name: str) -> None:
+def test_accumulate_does_not_nest_and_refuses_what_is_no_number_of_vectors(name: str) -> None:
     q = CASES[name](seed=2)
     with pytest.raises(RuntimeError, match="already open"), q.accumulate(count=1), q.accumulate(count=1):
         pass
-    with pytest.raises(ValueError, match="count is -1"), q.accumulate(count=-1):
-        pass
+    for count, said in ((-1, "count is -1"), (2.5, r"count is 2\.5"), (torch.tensor(3), r"count is tensor\(3\)")):
+        with pytest.raises(ValueError, match=said), q.accumulate(count=count):
+            pass
 
 
 @pytest.mark.parametrize("name", ACCUMULATING)
@@ -522,6 +584,7 @@ def test_one_worker_alone_is_a_group_of_one(make: Make) -> None:
 @pytest.mark.parametrize("parts", PARTS)
 def test_workers_on_parts_equal_one_worker_on_the_whole(make: Make, parts: str) -> None:
     """R3: a worker whose rows are all masked skips a collective of vector-quantize-pytorch 1.32, and the job hangs.
+    R2: its mean over workers is the worker's own share; here losses and gradients average to those of the whole.
 
     Also its issues 105, 141 and 198 (hangs), 205 (dead codes over workers), PR 17 and issue 222 (a codebook of its own
     on every worker), and ZhikangNiu/encodec-pytorch 25 and 26; ray-project/ray 66085: parts of any size arrive."""
@@ -638,6 +701,20 @@ def test_training_forwards_gather_until_there_are_enough(name: str, block: bool)
 
     results = together(2, work)
     assert bits(results[0]) == bits(results[1])
+
+
+@pytest.mark.parametrize("name", SEEDED_FROM_DATA)
+def test_vectors_that_wait_to_seed_are_kept_from_a_buffer_that_is_filled_again(name: str) -> None:
+    q, fresh = CASES[name](seed=2, seeding=random_rows), CASES[name](seed=2, seeding=random_rows)
+    buffer, named = torch.empty(5, D), torch.empty(5, dtype=torch.int64)
+    step = 0
+    while not fresh.seeded:
+        x, keys = batch(step, 5), torch.arange(5) + 5 * step
+        q(buffer.copy_(x), None, named.copy_(keys))
+        fresh(x, None, keys)
+        step += 1
+    assert step > 1, "the first batch must not be enough"
+    assert bits(q) == bits(fresh)
 
 
 @pytest.mark.parametrize("name", SEEDED_FROM_DATA)

@@ -173,6 +173,21 @@ def test_a_learned_state_does_not_fit_a_moving_average() -> None:
         book().load_state_dict(book(learned=True).state_dict())
 
 
+def test_a_euclidean_state_does_not_fit_a_cosine_codebook() -> None:
+    """All shapes agree, and codes would follow lengths. Between learned books it may: they are read on the sphere."""
+    given, cosine = book(), Codebook(6, 3, unit_norm=True)
+    before = cosine.vectors.clone()
+    with pytest.raises(RuntimeError, match="not of length 1: this codebook is cosine"):
+        cosine.load_state_dict(given.state_dict())
+    assert torch.equal(cosine.vectors, before)
+    assert not cosine.is_seeded
+    cosine.load_state_dict(Codebook(6, 3).state_dict())  # nothing in it yet
+    other = Codebook(6, 3, unit_norm=True)
+    other.set_vectors(given.vectors)
+    cosine.load_state_dict(other.state_dict())
+    assert torch.equal(cosine.vectors, other.vectors)
+
+
 def test_unit_norm_reads_out_directions() -> None:
     made = book(unit_norm=True)
     torch.testing.assert_close(made.vectors.norm(dim=-1), torch.ones(6))

@@ -131,7 +131,8 @@ print(fitted.rows * 256 * 4, fitted.passes, peak() - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_256_mib_of_rows_pass_through_24() -> None:
-    """The resident peak of another process; a batch has 2 MiB."""
+    """facebookresearch/faiss 2047 and 3234: k-means data must fit in memory. The resident peak of another process; a
+    batch has 2 MiB."""
     environment = {**os.environ, "PYTHONPATH": ":".join(sys.path), "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", MEMORY]
     said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
@@ -141,6 +142,7 @@ def test_256_mib_of_rows_pass_through_24() -> None:
 
 
 def test_a_centre_without_rows_stays() -> None:
+    """EdoardoBotta/RQ-VAE-Recommender PR 27: the mean of no rows is NaN."""
     rows = drawn(1, N, D)
     start = torch.cat([rows[:6], torch.full((1, D), 50.0)])
     fitted = lloyd(lambda: [rows], start)

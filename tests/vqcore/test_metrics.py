@@ -81,12 +81,16 @@ def test_levels_are_independent_and_codes_may_be_renamed(metric) -> None:
 
 
 def test_counts_of_halves_add_up_but_perplexities_do_not() -> None:
-    """bshall/VectorQuantizedVAE issue 3: the mean of batch perplexities is not the split's."""
+    """bshall/VectorQuantizedVAE issue 3: the mean of batch perplexities is not the split's. Nor is a batch's usage, or
+    that of a buffer of fixed length (deepseek-ai/Janus PR 232; lucidrains/vector-quantize-pytorch 63 and 109 ask for
+    either). AminoAseed dossier, check 4: usage averaged over proteins is smaller."""
     codes = torch.arange(64) // 8
     halves = [counts_of(half, 8) for half in codes.chunk(2)]
     assert torch.equal(halves[0] + halves[1], counts_of(codes, 8))
     assert float(perplexity(halves[0] + halves[1])) == pytest.approx(8)
     assert float(sum(perplexity(half) for half in halves) / 2) == pytest.approx(4)
+    assert float(usage(halves[0] + halves[1])) == 1
+    assert float(sum(usage(half) for half in halves) / 2) == 0.5
 
 
 @pytest.mark.parametrize("metric", [usage, dead_codes, entropy_bits, perplexity, gini])

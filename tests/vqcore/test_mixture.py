@@ -182,3 +182,16 @@ def test_apportioned_shares_are_the_nearest_there_are(draws: int) -> None:
         assert np.abs(found / draws - row).max() < 1 / draws
     if draws == 1:
         assert torch.equal(codes.squeeze(-1), nearest(x, vectors))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, np.inf, np.nan])
+def test_a_temperature_that_is_not_positive_is_refused(temperature: float) -> None:
+    """It may have been annealed too far: 0 / 0 would be NaN in every output."""
+    x, vectors = drawn(0, 5, 3), drawn(1, 4, 3)
+    for call in (
+        lambda: mixture.mix(x, vectors, temperature),
+        lambda: mixture.draw(x, vectors, temperature, torch.full((5, 2), 0.5)),
+        lambda: mixture.apportion(x, vectors, temperature, 2),
+    ):
+        with pytest.raises(ValueError, match=f"temperature is {temperature}"):
+            call()

@@ -130,6 +130,7 @@ def test_default_keys_never_meet() -> None:
     workers = [noise.default_keys(1000, rank) for rank in (0, 1, 2, 63)]
     assert torch.cat(workers).unique().numel() == 4000
     assert all((keys < 0).all() for keys in workers), "they must stay apart from row ids"
+    assert torch.equal(noise.default_keys(300, 2, start=700), workers[2][700:])
     last_of_one, first_of_next = noise.default_keys(1, 4)[0] + 2**40 - 1, noise.default_keys(1, 3)[0]
     assert last_of_one < first_of_next
 
@@ -169,6 +170,8 @@ def test_refusals() -> None:
         noise.shared_uniform(0, 0, -2)
     with pytest.raises(ValueError, match="rank -1"):
         noise.default_keys(3, -1)
+    with pytest.raises(ValueError, match="positions 1099511627775 to 1099511627778"):
+        noise.default_keys(3, 0, start=2**40 - 1)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,8 @@
 """The sample is the same for any number of workers; what is made of it is checked against numpy and chance."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -8,9 +11,11 @@ import torch
 from torch import Tensor
 
 from tests.together import Seat, together
+from vqcore import noise
 from vqcore import seeding as seeding_module
 from vqcore.reduction import Alone
 from vqcore.seeding import (
+    SAMPLE,
     Offer,
     draw_sample,
     kmeans_plus_plus,
@@ -53,6 +58,16 @@ def test_the_sample_does_not_depend_on_the_workers(world: int, size: int) -> Non
         assert (seen, non_finite) == (270, 30) == (alone.seen, alone.non_finite)
 
 
+@pytest.mark.parametrize("size", [8, 20])
+def test_the_sample_is_the_rows_with_the_smallest_race_keys_in_their_order(size: int) -> None:
+    x, usable = drawn(0, ROWS, D), torch.arange(ROWS)[torch.arange(ROWS) % 10 != 0]
+    for seed in range(20):
+        batches = (offer(x, part) for part in torch.arange(ROWS).split(7))
+        sample = draw_sample(batches, LIKE, seed=seed, reduce=Alone(), size=size)
+        order = noise.race(seed, 0, usable, stream=SAMPLE).argsort()[:size]
+        assert torch.equal(sample.rows, x[usable[order]])
+
+
 def test_the_draw_holds_twice_its_sample_and_a_batch_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[int] = []
     smallest = seeding_module._smallest
@@ -65,6 +80,39 @@ def test_the_draw_holds_twice_its_sample_and_a_batch_at_most(monkeypatch: pytest
     x = drawn(0, ROWS, D)
     draw_sample((offer(x, part) for part in torch.arange(ROWS).split(10)), LIKE, seed=3, reduce=Alone(), size=20)
     assert max(held) <= 2 * 20 + 10
+    assert sum(held) < 150, "a vector that has lost already is not kept: 20 ln(270 / 20) enter after the first 20"
+
+
+MEMORY = """
+import torch
+torch.set_num_threads(1)
+from vqcore.quantizers import VectorBatch, VectorQuantizer
+from vqcore.seeding import random_rows
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+rows = torch.randn(8192, 128)
+def batches(count):
+    return (VectorBatch(rows + batch) for batch in range(count))
+q = VectorQuantizer(16, 128, seeding=random_rows)
+q.seed(batches(1))  # the library's own buffers
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # start the peak again from here
+before = peak()
+said = q.seed(batches(64))
+print(peak() - before)
+print(said)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_256_mib_of_rows_without_keys_pass_through_four_samples_of_32() -> None:
+    """facebookresearch/faiss 39, 935, 2047, 3234 and 4744: data that must fit in memory. The resident peak of another
+    process; a batch has 4 MiB, and race keys take some more."""
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, env=environment)
+    beyond, said = run.stdout.splitlines()
+    assert said == "16 codes by random_rows from 65536 of 524288 vectors"
+    assert 2**20 < int(beyond) < 4 * 32 * 2**20, f"{int(beyond) / 2**20:.1f} MiB"
 
 
 def test_the_sample_is_a_uniform_draw_without_repeats_in_random_order() -> None:

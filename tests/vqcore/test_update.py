@@ -218,3 +218,8 @@ def test_a_rule_of_its_own_may_kill_codes_that_the_decay_alone_would_not() -> No
         update([one], Alone())
     assert books[0].revived is not None
     assert bits(books[:1]) == bits(books[1:])
+
+
+def test_revival_without_keys_is_refused() -> None:
+    with pytest.raises(ValueError, match="keys are needed where revive_below > 0"):
+        Statistics(fresh(), RULE).add(drawn(0, 3, D), torch.zeros(3, dtype=torch.int64), None)

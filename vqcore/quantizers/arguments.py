@@ -30,6 +30,20 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"{name} is {value}; it must be a positive number")
 
 
+def check_estimator(estimator: object) -> None:
+    """Raise ValueError for what cannot be called, such as the name of an estimator."""
+    if not callable(estimator):
+        raise ValueError(f"estimator is {estimator!r}; it must be a function, such as vqcore.estimators.rotate")
+
+
+def check_seeding(seeding: object) -> None:
+    """Raise ValueError for what is neither None nor can be called, such as the name of a seeding."""
+    if seeding is not None and not callable(seeding):
+        raise ValueError(
+            f"seeding is {seeding!r}; it must be a function, such as vqcore.seeding.kmeans_plus_plus, or None"
+        )
+
+
 def check_rule(rule: Rule) -> None:
     """Raise ValueError for a decay outside [0, 1) or a negative threshold or smoothing."""
     if rule.decay is not None and not 0.0 <= rule.decay < 1.0:

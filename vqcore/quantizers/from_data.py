@@ -58,7 +58,13 @@ def vectors_from(
 def offers_of(batches: Iterable[VectorBatch], book: Book, reduce: Reduction | None) -> Iterator[Offer]:
     """What this worker's `batches` offer to the seeding of `book`."""
     rank, seen = resolve(reduce).rank, 0
-    for x, mask, keys in batches:
+    for batch in batches:
+        if not isinstance(batch, tuple):  # a tensor would be taken apart into x, mask and keys
+            raise ValueError(
+                f"seeding got a {type(batch).__name__} where it takes batches: give an iterable of "
+                "vqcore.quantizers.VectorBatch(x), or VectorBatch(x, mask, keys)"
+            )
+        x, mask, keys = VectorBatch(*batch)
         named = keys_of(keys, x, rank, seen)
         seen += len(named)
         yield _offer(rows_of(x, mask, book.code_dim, book.dtype), named, book)
@@ -75,7 +81,9 @@ def gather(
     """A training forward of an unseeded quantizer: keep the vectors and pass x on, until all workers together can
     seed. `levels` is the trailing shape of the codes of quantizers that have several a vector."""
     rank = resolve(updates.reduce).rank
-    updates.gather(_offer(given, keys_of(keys, x, rank, updates.gathered), book))
+    offer = _offer(given, keys_of(keys, x, rank, updates.gathered), book)
+    # Copies: raw data may come in a buffer that its owner fills again for the next step.
+    updates.gather(offer._replace(rows=offer.rows.clone(), keys=offer.keys.clone()))
     return passed_on(x, given, levels)
 
 

@@ -91,6 +91,7 @@ class HyperbolicQuantizer(nn.Module):
         super().__init__()
         check_sizes(num_codes=num_codes, code_dim=code_dim)
         check_positive(curvature=curvature)
+        rule = Rule(decay=None, revive_below=0.0, eps=0.0, seed=seed)
         self.num_codes = num_codes
         self.code_dim = code_dim
         self.curvature = curvature
@@ -103,7 +104,7 @@ class HyperbolicQuantizer(nn.Module):
         self.r = nn.Parameter((_NEAREST + (_FARTHEST - _NEAREST) * drawn).float().to(dtype))
         self.codebook = DerivedCodebook(num_codes, code_dim, self._derive)
         self.codebook.mark_seeded()
-        self._updates = Updates([self.codebook], [Rule(decay=None, revive_below=0.0, eps=0.0, seed=seed)], reduce)
+        self._updates = Updates([self.codebook], [rule], reduce)
 
     def extra_repr(self) -> str:
         return f"curvature={self.curvature}, temperature={self.temperature}, normalise={self.normalise}"

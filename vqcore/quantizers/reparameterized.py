@@ -17,7 +17,7 @@ from vqcore.codebook import only, pick, precise
 from vqcore.derived import DerivedCodebook, refuse_misfit
 from vqcore.estimators import straight_through
 from vqcore.quantizers import from_data
-from vqcore.quantizers.arguments import check_sizes, check_weights
+from vqcore.quantizers.arguments import check_estimator, check_seeding, check_sizes, check_weights
 from vqcore.quantizers.contract import Quantized, VectorBatch, per_element, quantized
 from vqcore.quantizers.rows import full_precision, rows_of
 from vqcore.quantizers.updates import Updates
@@ -77,7 +77,10 @@ class ReparameterizedQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(num_codes=num_codes, code_dim=code_dim)
+        check_estimator(estimator)
+        check_seeding(seeding)
         check_weights(commitment_weight=commitment_weight)
+        rule = Rule(decay=None, revive_below=0.0, eps=0.0, seed=seed)
         self.num_codes = num_codes
         self.code_dim = code_dim
         self.commitment_weight = commitment_weight
@@ -90,7 +93,6 @@ class ReparameterizedQuantizer(nn.Module):
         self.bias = nn.Parameter(drawn[:code_dim].clone())
         self.register_buffer("basis", torch.zeros(num_codes, code_dim, dtype=dtype))
         self.codebook = DerivedCodebook(num_codes, code_dim, self._derive)
-        rule = Rule(decay=None, revive_below=0.0, eps=0.0, seed=seed)
         self._updates = Updates([self.codebook], [rule], reduce, needed=num_codes, seed=self._seed_from)
         if seeding is None:
             self.basis.copy_(from_data.normal_vectors(num_codes, code_dim, seed))

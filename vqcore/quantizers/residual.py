@@ -13,7 +13,7 @@ from vqcore import assign, losses, noise
 from vqcore.codebook import Codebook, only, pick
 from vqcore.estimators import straight_through
 from vqcore.quantizers import from_data
-from vqcore.quantizers.arguments import check_rule, check_sizes, check_weights
+from vqcore.quantizers.arguments import check_estimator, check_rule, check_seeding, check_sizes, check_weights
 from vqcore.quantizers.contract import Quantized, VectorBatch, per_element, quantized
 from vqcore.quantizers.rows import Rows, full_precision, keys_of, rows_of
 from vqcore.quantizers.updates import Updates
@@ -120,6 +120,8 @@ class ResidualQuantizer(nn.Module):
         check_rule(rule)
         sizes = _sizes(num_codes, levels, shared)
         check_sizes(code_dim=code_dim, keep_levels=keep_levels)
+        check_estimator(estimator)
+        check_seeding(seeding)
         check_weights(commitment_weight=commitment_weight)
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout is {dropout}; it is a probability, so it must lie in [0, 1]")

@@ -24,6 +24,8 @@ class Rows(NamedTuple):
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """No autocast inside, whatever the device: a bfloat16 product assigns about 2 % of the rows to other codes."""
+    if not isinstance(device, torch.device):  # NumPy's arrays have a device too, a string
+        raise ValueError(f"x is on a device {device!r} of another library; give a tensor, as torch.from_numpy(x) makes")
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -56,7 +58,7 @@ def keys_of(
     this worker has shown in the same update. Raises ValueError on another shape or type."""
     if keys is None:
         count = x[..., 0].numel()
-        return noise.default_keys(seen + count, rank, x.device)[seen:]
+        return noise.default_keys(count, rank, x.device, start=seen)
     return _flat("keys", keys, x, torch.int64)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vqcore import assign, losses, mixture
 from vqcore.codebook import Codebook, only
 from vqcore.quantizers import from_data
-from vqcore.quantizers.arguments import check_positive, check_sizes
+from vqcore.quantizers.arguments import check_positive, check_seeding, check_sizes
 from vqcore.quantizers.contract import Quantized, VectorBatch, quantized
 from vqcore.quantizers.rows import Rows, full_precision, keys_of, rows_of
 from vqcore.quantizers.updates import Updates
@@ -63,6 +63,7 @@ class GumbelQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(num_codes=num_codes, code_dim=code_dim)
+        check_seeding(seeding)
         check_positive(temperature=temperature, init_std=init_std)
         self.num_codes = num_codes
         self.code_dim = code_dim

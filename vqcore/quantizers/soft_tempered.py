@@ -12,7 +12,15 @@ from vqcore import assign, losses, noise
 from vqcore.codebook import Codebook, only, pick, record
 from vqcore.estimators import straight_through
 from vqcore.quantizers import from_data
-from vqcore.quantizers.arguments import Ema, check_ema, check_positive, check_rule, check_sizes, check_weights
+from vqcore.quantizers.arguments import (
+    Ema,
+    check_ema,
+    check_positive,
+    check_rule,
+    check_seeding,
+    check_sizes,
+    check_weights,
+)
 from vqcore.quantizers.contract import Quantized, VectorBatch, per_element, quantized
 from vqcore.quantizers.rows import Rows, full_precision, keys_of, rows_of
 from vqcore.quantizers.updates import Updates
@@ -77,6 +85,7 @@ class TemperedQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(num_codes=num_codes, code_dim=code_dim, top_k=top_k)
+        check_seeding(seeding)
         check_positive(temperature=temperature)
         check_weights(commitment_weight=commitment_weight)
         check_ema(ema, decay)

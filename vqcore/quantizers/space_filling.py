@@ -12,7 +12,7 @@ from vqcore import assign, curve, losses, noise
 from vqcore.codebook import Codebook, checked, only, pick
 from vqcore.estimators import straight_through, substitute_noise
 from vqcore.quantizers import from_data
-from vqcore.quantizers.arguments import check_sizes
+from vqcore.quantizers.arguments import check_seeding, check_sizes
 from vqcore.quantizers.contract import Quantized, VectorBatch, per_element, quantized
 from vqcore.quantizers.rows import Rows, full_precision, keys_of, rows_of
 from vqcore.quantizers.updates import Updates
@@ -88,6 +88,7 @@ class SpaceFillingQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(num_codes=num_codes, code_dim=code_dim)
+        check_seeding(seeding)
         if num_codes < 2:
             raise ValueError(f"num_codes is {num_codes}; a line needs at least 2 corners")
         self.num_codes = num_codes

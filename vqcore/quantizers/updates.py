@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vqcore.reduction import Reduction, resolve
+from vqcore.reduction import Reduction, check_reduction, resolve
 from vqcore.seeding import Offer
 from vqcore.update import Book, Rule, Statistics, update
 
@@ -45,6 +45,7 @@ class Updates:
         seed: Callable[[Sequence[Offer]], str] | None = None,
         updated: Callable[[Sequence[Statistics]], None] | None = None,
     ) -> None:
+        check_reduction(reduce)
         self.books = list(books)
         self.rules = list(rules)
         self.reduce = reduce
@@ -54,18 +55,13 @@ class Updates:
         self._open: _Block | None = None
         self._gathered: list[Offer] = []
 
-    @property
-    def is_open(self) -> bool:
-        """Inside an `accumulate` block."""
-        return self._open is not None
-
     @contextmanager
     def accumulate(self, count: int | None, training: bool) -> Iterator[None]:
         """See VectorQuantizer.accumulate."""
         if self._open is not None:
             raise RuntimeError("accumulate is already open on this quantizer; close it before opening another")
-        if count is not None and count < 0:
-            raise ValueError(f"count is {count}; it is a number of vectors, so at least 0")
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+            raise ValueError(f"count is {count!r}; it is a number of vectors, so a whole number of at least 0")
         if not training:
             yield
             return
@@ -91,6 +87,8 @@ class Updates:
         if self._open is None:
             self._update(statistics, reduce)
             return statistics[0].total(), reduce.world
+        for one in statistics:
+            one.hold()
         if self._open.count is not None:
             return torch.tensor(self._open.count, dtype=torch.float64, device=valid.device), reduce.world
         count = valid.sum().double()

@@ -12,7 +12,7 @@ from vqcore import assign, losses
 from vqcore.codebook import Codebook, only, pick, unit
 from vqcore.estimators import straight_through
 from vqcore.quantizers import from_data
-from vqcore.quantizers.arguments import check_rule, check_sizes, check_weights
+from vqcore.quantizers.arguments import check_estimator, check_rule, check_seeding, check_sizes, check_weights
 from vqcore.quantizers.contract import Quantized, VectorBatch, per_element, quantized
 from vqcore.quantizers.rows import Rows, full_precision, keys_of, rows_of
 from vqcore.quantizers.updates import Updates
@@ -73,6 +73,8 @@ class VectorQuantizer(nn.Module):
         rule = Rule(decay=decay, revive_below=revive_below, eps=eps, seed=seed)
         check_rule(rule)
         check_sizes(num_codes=num_codes, code_dim=code_dim)
+        check_estimator(estimator)
+        check_seeding(seeding)
         check_weights(commitment_weight=commitment_weight)
         if metric not in get_args(Metric):
             raise ValueError(f"metric is {metric!r}; it must be one of {', '.join(get_args(Metric))}")

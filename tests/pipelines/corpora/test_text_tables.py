@@ -15,6 +15,7 @@ import pytest
 
 from pipelines import storage
 from pipelines.corpora import Bad
+from pipelines.corpora import _text_records as scan
 from pipelines.corpora import _text_tables as tables
 from pipelines.errors import Refused
 
@@ -53,10 +54,10 @@ def written(path: Path, rows: list[list[str]], ending: str = "\r\n") -> Path:
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("slice_bytes", [1, 40, 1 << 20])
 @pytest.mark.parametrize("block", [1, 7, 1 << 20])
-@pytest.mark.parametrize("bom", [b"", tables.BOM])
+@pytest.mark.parametrize("bom", [b"", scan.BOM])
 def test_slices_agree_with_the_csv_module(tmp_path, monkeypatch, ending, slice_bytes, block, bom):
     """Fields with quotes, delimiters and every line end inside; blocks and slices are cut inside all of them."""
-    monkeypatch.setattr(tables, "BLOCK_BYTES", block)
+    monkeypatch.setattr(scan, "BLOCK_BYTES", block)
     draw = random.Random(3)
     fields = ["", "a", 'say "x"', "two\nlines", "two\r\nlines", "cr\rcr", ",", '"', '""', "né", "\n", "end\n"]
     rows = [[draw.choice(fields) for _ in range(3)] for _ in range(60)]
@@ -72,7 +73,7 @@ def test_slices_agree_with_the_csv_module(tmp_path, monkeypatch, ending, slice_b
 @pytest.mark.parametrize("delimiter", [",", "\t"])
 def test_random_bytes_are_cut_as_the_csv_module_cuts_them(tmp_path, monkeypatch, block, delimiter):
     """Stray quotes, quotes inside fields, blank lines, lone CRs: whatever quotes do, the records are the same."""
-    monkeypatch.setattr(tables, "BLOCK_BYTES", block)
+    monkeypatch.setattr(scan, "BLOCK_BYTES", block)
     draw, compared = random.Random(1), 0
     for turn in range(300):
         body = "".join(draw.choice(["a", " ", delimiter, '"', '"', "\n", "\r", "\r\n", "é"]) for _ in range(30))
@@ -162,7 +163,7 @@ def test_bad_records_are_reported_one_by_one(tmp_path):
 
 @pytest.mark.parametrize("block", [3, 64, 1 << 20])
 def test_a_quote_that_is_never_closed_costs_one_line(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(tables, "BLOCK_BYTES", block)
+    monkeypatch.setattr(scan, "BLOCK_BYTES", block)
     path = tmp_path / "x.csv"
     path.write_bytes(b'a,b\n1,2\n3,"4\n5,6\n7,8\n')
     for slice_bytes in (1, 1 << 20):
@@ -179,8 +180,8 @@ def test_a_quote_that_is_never_closed_costs_one_line(tmp_path, monkeypatch, bloc
 @pytest.mark.parametrize("block", [1, 16, 100, 4096])
 @pytest.mark.parametrize("layout", ["csv", "lines"])
 def test_a_record_over_the_bound_is_bad_and_the_next_one_is_read(tmp_path, monkeypatch, layout, block, ending):
-    monkeypatch.setattr(tables, "MOST_RECORD_BYTES", 50)
-    monkeypatch.setattr(tables, "BLOCK_BYTES", block)
+    monkeypatch.setattr(scan, "MOST_RECORD_BYTES", 50)
+    monkeypatch.setattr(scan, "BLOCK_BYTES", block)
     long, quoted = b"x" * 200, b'"' + (b"y" * 20 + ending) * 5 + b'"'
     lines = [b"text", b"one", long, b"two", long]
     path = tmp_path / "x.csv"
@@ -201,7 +202,7 @@ def test_a_bomb_is_one_bad_record(tmp_path):
     found = read_all(path)
     assert reasons(found) == [None, tables.TOO_LONG, None]
     assert found[-1] == {"text": "after"}
-    assert reasons(read_all(path, "document")) == [f"more than {tables.MOST_RECORD_BYTES:,} bytes"]
+    assert reasons(read_all(path, "document")) == [f"more than {scan.MOST_RECORD_BYTES:,} bytes"]
 
 
 def noise(rows: int) -> list[list[str]]:
@@ -217,7 +218,7 @@ def test_gzip_of_several_members_and_slices_reads_as_the_plain_file(tmp_path, mo
     assert read_all(path, slice_bytes=10_000) == by_csv(plain)
     slices = survey(path, slice_bytes=10_000)
     assert 4 <= len(slices) <= 16
-    monkeypatch.setattr(tables, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(scan, "BLOCK_BYTES", 1000)
     assert survey(path, slice_bytes=10_000) == slices
 
 
@@ -252,7 +253,7 @@ def test_a_damaged_gzip_is_reported(tmp_path):
 def test_files_that_are_no_tables_are_one_bad_unit(tmp_path):
     cases = {
         "empty.csv": (b"", "the file is empty"),
-        "bom.csv": (tables.BOM, "the file is empty"),
+        "bom.csv": (scan.BOM, "the file is empty"),
         "utf16.csv": ("a,b\n1,2\n".encode("utf-16"), "its first record is no header of a table"),
         "packed.csv": (gzip.compress(b"a,b\n1,2\n"), "its first record is no header of a table"),
         "empty.csv.gz": (b"", "the file is empty"),
@@ -288,7 +289,7 @@ def test_a_dangling_link_and_a_file_that_vanished_are_bad(tmp_path):
 
 def test_every_line_is_a_record_of_a_text_file(tmp_path):
     path = tmp_path / "x.txt"
-    path.write_bytes(tables.BOM + b'one "\r\n\ntwo, three\rfour')
+    path.write_bytes(scan.BOM + b'one "\r\n\ntwo, three\rfour')
     for slice_bytes in (1, 1 << 20):
         found = read_all(path, slice_bytes=slice_bytes)
         assert found == [{"text": line} for line in ('one "', "", "two, three", "four")]
@@ -297,7 +298,7 @@ def test_every_line_is_a_record_of_a_text_file(tmp_path):
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_document_is_one_unit(tmp_path, packed):
     path = tmp_path / ("x.txt.gz" if packed else "x.txt")
-    data = tables.BOM + "née\n\nline".encode()
+    data = scan.BOM + "née\n\nline".encode()
     path.write_bytes(gzip.compress(data) if packed else data)
     [piece] = survey(path, "document")
     assert list(tables.read_table(piece, lambda _: True)) == [

@@ -1,6 +1,6 @@
 """torch.compile takes the evaluation path of vector and residual quantizers whole, with the same bits.
 
-vector-quantize-pytorch breaks the graph 4 times (plain), 11 (k-means and dead codes) and 10 (residual with dropout).
+R8: vector-quantize-pytorch 1.32 breaks the graph 4 times (plain), 11 (k-means, dead codes) and 10 (residual, dropout).
 The eager backend runs what was captured as it is, so that these tests need no compiler and see every break.
 """
 

@@ -349,3 +349,24 @@ def test_more_codes_stay_in_use_than_in_plain_vq_where_the_encoder_drifts(num_co
     counts = [torch.bincount(one.assign(0.3 * drawn(999, 4096, 8) + 4), minlength=num_codes) for one in (q, plain)]
     assert usage(counts[0]) > 2 * usage(counts[1])
     assert perplexity(counts[0]) > 2 * perplexity(counts[1])
+
+
+def test_the_commitment_does_not_grow_under_the_rotation_trick() -> None:
+    """lucidrains/vector-quantize-pytorch 177: its mapped codebook with the rotation trick has a growing loss."""
+    q = ReparameterizedQuantizer(64, 4, seed=1, estimator=rotate)
+    torch.manual_seed(0)
+    encoder, decoder = nn.Linear(6, 4), nn.Linear(4, 6)
+    optimiser = torch.optim.Adam([*encoder.parameters(), *decoder.parameters(), *q.parameters()], lr=0.01)
+    path = []
+    for step in range(300):
+        x = drawn(step, 256, 6)
+        out = q(encoder(x))
+        reconstruction = (decoder(out.vectors) - x).square().mean()
+        optimiser.zero_grad()
+        (reconstruction + out.loss).backward()
+        optimiser.step()
+        path.append((out.loss.item(), reconstruction.item()))
+    losses, errors = np.array(path).T
+    assert losses[-50:].mean() < 0.5 * losses[:10].mean()
+    assert losses[-50:].mean() < 1.1 * losses[-150:-100].mean()
+    assert errors[-50:].mean() < 0.8 * errors[:10].mean()

@@ -1,5 +1,8 @@
 """What is VectorQuantizer's own; what it shares with every quantizer is in tests/contracts/test_quantizers.py."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -160,6 +163,24 @@ def test_the_cosine_loss_never_pushes_x_outwards() -> None:
         torch.testing.assert_close(outwards, torch.zeros(30), rtol=0, atol=1e-3)
 
 
+def test_beta_on_the_codebooks_term_is_a_quarter_of_the_loss_at_four() -> None:
+    """VQGAN dossier, check 3: the legacy form, commitment 1 and codebook beta = 0.25, is this loss scaled."""
+    q = made(decay=None, commitment_weight=4.0)
+    x, vectors = drawn(1, 20, D).requires_grad_(), q.codebook.vectors.detach().clone().requires_grad_()
+    leaf = x.detach().clone().requires_grad_()
+    out = q(x)
+    chosen = vectors[out.codes]
+    legacy = (chosen.detach() - leaf).square().mean() + 0.25 * (chosen - leaf.detach()).square().mean()
+    torch.testing.assert_close(0.25 * out.loss, legacy)
+    legacy.backward()
+    (0.25 * out.loss).backward()
+    torch.testing.assert_close(x.grad, leaf.grad)
+    torch.testing.assert_close(q.codebook.vectors.grad, vectors.grad)
+    unchosen = torch.bincount(out.codes, minlength=K) == 0
+    assert unchosen.any()
+    assert not q.codebook.vectors.grad[unchosen].any()
+
+
 def test_keys_of_another_shape_are_refused() -> None:
     q = made(revive_below=1.0)
     with pytest.raises(ValueError, match="keys is torch\\.int64 of shape"):
@@ -170,8 +191,8 @@ def test_keys_of_another_shape_are_refused() -> None:
 
 
 def test_revival_uses_every_code_where_random_codes_collapse() -> None:
-    """R9, facebookresearch/encodec 61, jishengpeng/WavTokenizer 89, EdoardoBotta/RQ-VAE-Recommender 65: audiocraft's
-    expiry is a no-op, 1 of 64 codes used on this case."""
+    """R9, facebookresearch/encodec 61, jishengpeng/WavTokenizer 89, espnet/espnet PR 6284,
+    EdoardoBotta/RQ-VAE-Recommender 65: audiocraft's expiry is a no-op, 1 of 64 codes used on this case."""
 
     def used(revive_below: float) -> int:
         q = VectorQuantizer(64, 8, revive_below=revive_below)
@@ -329,6 +350,7 @@ def test_the_float64_mode_keeps_float64() -> None:
 
 
 def test_set_vectors_replaces_what_the_average_held() -> None:
+    """R6: after `vq.codebook = new` one step of vector-quantize-pytorch 1.32 moves codes by up to 25."""
     q = made(decay=0.99)
     for step in range(20):
         q(50 + drawn(step, 100, D))
@@ -336,3 +358,38 @@ def test_set_vectors_replaces_what_the_average_held() -> None:
     q.codebook.set_vectors(v)
     q(v)
     torch.testing.assert_close(q.codebook.vectors, v, rtol=1e-4, atol=1e-4)
+
+
+# Memory
+
+
+MEMORY = """
+import torch
+torch.set_num_threads(1)
+from vqcore.quantizers import VectorQuantizer
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+n, dim, num_codes = 16384, 8, 16384
+x = torch.randn(n, dim).requires_grad_()
+q = VectorQuantizer(num_codes, dim, revive_below=0.5)
+def step():
+    out = q(x)
+    (out.loss + out.vectors.sum()).backward()
+step()  # the library's own buffers, and x.grad
+x.grad = None
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # start the peak again from here
+before = peak()
+step()
+print(peak() - before, 16 * 2**20 + 8 * n + 20 * n * dim + 24 * num_codes * (dim + 1))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_a_training_step_keeps_no_matrix_of_vectors_by_codes() -> None:
+    """apple/axlearn PR 823: a one-hot of 32 GB a batch; vector-quantize-pytorch's training step holds some 16 bytes a
+    pair, here 4 GiB. The resident peak of another process, against the bound of DESIGN section 4.7."""
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, env=environment)
+    beyond, bound = (int(number) for number in run.stdout.split())
+    assert 2**20 < beyond < bound, f"{beyond / 2**20:.1f} of {bound / 2**20:.1f} MiB"
