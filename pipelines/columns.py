@@ -202,6 +202,8 @@ def _flat(array: npt.NDArray[Any], tail: tuple[int, ...]) -> npt.NDArray[Any]:
 
 
 def _cast(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    if values.dtype == dtype:
+        return values
     with np.errstate(over="raise", invalid="raise"):
         cast = values.astype(dtype, copy=False)
     if dtype.kind != "f" and not np.array_equal(cast, values):

@@ -4,7 +4,8 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -73,48 +74,58 @@ def read_part(
         shards; bad: [source, unit, reason]; filtered: setting -> count; sources: [name, start, stop, units kept,
         quarantined, fingerprint of all units' fingerprints].
     """
-    account = _Account()
     schema = corpus.schema(settings)
-    with ShardWriter(out, part, schema) as writer:
+    accounts: list[_Account] = []
+
+    def units() -> Iterator[_Unit]:
         for first, fields in payload:
             piece = Slice(**fields)
-            account.open(piece)
+            accounts.append(_Account(piece))
             found = corpus.read(piece, context, settings, selection.wanted_from(first), *shared)
-            units = _units(found, selection, first, piece, account)
-            for some in _grouped(units):
-                batch, good = _fitting(some, schema, piece, account)
-                rows = [row for _, rows in good for row in rows]
-                splits = np.array([SPLITS.index(_split(row, selection, piece)) for row in rows], np.int8)
-                writer.write(batch, splits)
-                account.kept += len(good)
-            account.close(piece)
+            yield from _units(found, selection, first, piece, accounts[-1])
+
+    with ShardWriter(out, part, schema) as writer:
+        # Over the ends of slices: a slice may be one small file, and a batch of one row costs as much as its decoding.
+        for some in _grouped(units()):
+            batch, good = _fitting(some, schema)
+            rows = [(row, unit.account.piece) for unit in good for row in unit.rows]
+            splits = np.array([SPLITS.index(_split(row, selection, piece)) for row, piece in rows], np.int8)
+            writer.write(batch, splits)
+            for unit in good:
+                unit.account.kept += 1
     return {
         "shards": [asdict(record) for record in writer.records],
-        "bad": account.bad,
-        "filtered": dict(account.filtered),
-        "sources": account.sources,
+        "bad": [row for account in accounts for row in sorted(account.bad, key=itemgetter(1))],
+        "filtered": dict(sum((account.filtered for account in accounts), Counter())),
+        "sources": [account.source() for account in accounts],
     }
 
 
 class _Account:
-    """What became of the units of a part, slice by slice."""
+    """What became of the units of one slice."""
 
-    def __init__(self) -> None:
+    def __init__(self, piece: Slice) -> None:
+        self.piece = piece
+        self.kept = 0
         self.bad: list[list[Any]] = []
         self.filtered: Counter[str] = Counter()
-        self.sources: list[list[Any]] = []
-
-    def open(self, piece: Slice) -> None:
-        self.kept = 0
-        self.bad_before = len(self.bad)
         self.hash = hashlib.blake2b(digest_size=16)
 
-    def close(self, piece: Slice) -> None:
-        name, quarantined = _text(piece.name), len(self.bad) - self.bad_before
-        self.sources.append([name, piece.start, piece.stop, self.kept, quarantined, self.hash.hexdigest()])
+    def source(self) -> list[Any]:
+        piece = self.piece
+        return [_text(piece.name), piece.start, piece.stop, self.kept, len(self.bad), self.hash.hexdigest()]
 
     def quarantine(self, source: str, unit: int, reason: str) -> None:
         self.bad.append([_text(source), unit, _text(reason)[:REASON_CHARS]])
+
+
+class _Unit(NamedTuple):
+    """A good unit: its rows, and whose it is."""
+
+    account: _Account
+    number: int
+    """Within its slice."""
+    rows: list[Row]
 
 
 def _units(
@@ -123,8 +134,8 @@ def _units(
     first: int,
     piece: Slice,
     account: _Account,
-) -> Iterator[tuple[int, list[Row]]]:
-    """The rows of the good units of a slice. The others are accounted for here, and so are those that did not come."""
+) -> Iterator[_Unit]:
+    """The good units of a slice. The others are accounted for here, and so are those that did not come."""
     count = piece.stop - piece.start
     expected = selection.wanted_before(first + count) - selection.wanted_before(first)
     last, came = -1, 0
@@ -142,9 +153,9 @@ def _units(
         elif isinstance(row, Joined):
             account.kept += 1
         elif isinstance(row, Row):
-            yield unit, [row]
+            yield _Unit(account, unit, [row])
         elif row:
-            yield unit, row
+            yield _Unit(account, unit, row)
         else:
             raise Failed(f"{piece.name}: its corpus gave unit {unit} without a row and without saying why.")
     if came != expected:
@@ -153,14 +164,14 @@ def _units(
         account.filtered["limit"] += count - expected
 
 
-def _grouped(units: Iterable[tuple[int, list[Row]]]) -> Iterator[list[tuple[int, list[Row]]]]:
+def _grouped(units: Iterable[_Unit]) -> Iterator[list[_Unit]]:
     """Groups of whole units that are worth a record batch and, but for a unit of very many rows, fit into memory."""
-    waiting: list[tuple[int, list[Row]]] = []
+    waiting: list[_Unit] = []
     count, size = 0, 0
-    for unit, rows in units:
-        waiting.append((unit, rows))
-        count += len(rows)
-        size += sum(_weight(value) for row in rows for value in row.values.values())
+    for unit in units:
+        waiting.append(unit)
+        count += len(unit.rows)
+        size += sum(_weight(value) for row in unit.rows for value in row.values.values())
         if count >= BATCH_ROWS or size >= BATCH_BYTES:
             yield waiting
             waiting, count, size = [], 0, 0
@@ -176,28 +187,27 @@ def _weight(value: Any) -> int:
     return 8 * len(value) if isinstance(value, list | tuple) else 8
 
 
-def _fitting(
-    units: list[tuple[int, list[Row]]], schema: pa.Schema, piece: Slice, account: _Account
-) -> tuple[pa.RecordBatch, list[tuple[int, list[Row]]]]:
+def _fitting(units: list[_Unit], schema: pa.Schema) -> tuple[pa.RecordBatch, list[_Unit]]:
     """The units whose values fit their columns. Others are quarantined: data must not be able to kill a job."""
     try:
         return _batch(units, schema), units
     except Failed:
-        good = [entry for entry in units if _fits(entry, schema, piece, account)]
+        good = [unit for unit in units if _fits(unit, schema)]
     return _batch(good, schema), good
 
 
-def _fits(entry: tuple[int, list[Row]], schema: pa.Schema, piece: Slice, account: _Account) -> bool:
+def _fits(unit: _Unit, schema: pa.Schema) -> bool:
     try:
-        _batch([entry], schema)
+        _batch([unit], schema)
     except Failed as error:
-        account.quarantine(piece.name, piece.start + entry[0], str(error))
+        piece = unit.account.piece
+        unit.account.quarantine(piece.name, piece.start + unit.number, str(error))
         return False
     return True
 
 
-def _batch(units: list[tuple[int, list[Row]]], schema: pa.Schema) -> pa.RecordBatch:
-    return batch_of([row.values for _, rows in units for row in rows], schema)
+def _batch(units: list[_Unit], schema: pa.Schema) -> pa.RecordBatch:
+    return batch_of([row.values for unit in units for row in unit.rows], schema)
 
 
 def _split(row: Row, selection: Selection, piece: Slice) -> str:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ import torch
 from PIL import Image
 
 from pipelines import corpora, export, ingest, storage
-from pipelines.columns import batch_of
+from pipelines.columns import tensor_array
 from pipelines.corpora.images import ImageSettings, prepare
 from pipelines.manifest import Manifest, Units, describe, save_manifest
 from pipelines.plan import Plan, lanes_for
@@ -38,12 +39,28 @@ from tests.benchmarks.timing import one_thread
 
 ROUNDS, ROUND_SECONDS = 3, 24
 SHARD_ROUNDS = 5
-DIM, BATCHES = 384, (1024, 8192)
 STORE_BYTES = 80 * 2**20
 SIDE = 256
 
-Vectors = npt.NDArray[np.float16]
+Array = npt.NDArray[Any]
 Ordinals = npt.NDArray[np.int64]
+
+
+class Rows(NamedTuple):
+    """What shards hold, and how many of them a batch takes."""
+
+    about: str
+    count: int
+    shape: tuple[int, ...]
+    dtype: str
+    batch: int
+
+
+SHARDS = [
+    Rows("400,000 x 384 float16", 400_000, (384,), "float16", 1024),
+    Rows("400,000 x 384 float16", 400_000, (384,), "float16", 8192),
+    Rows("30,000 images 3 x 64 x 64", 30_000, (3, 64, 64), "uint8", 512),
+]
 
 
 def run(quick: bool = False) -> None:
@@ -51,7 +68,8 @@ def run(quick: bool = False) -> None:
         home = Path(scratch)
         _tar(home, 3 * 2**30)
         with one_thread():
-            _shards(home, rows=40_000 if quick else 400_000, seconds=0.5 if quick else 20)
+            for rows in SHARDS:
+                _shards(home, rows._replace(count=rows.count // 10) if quick else rows, 0.5 if quick else 20)
         for mebibytes in (64, 256) if quick else (256, 2048):
             _memory(home, mebibytes)
         _images(home, quick)
@@ -116,33 +134,45 @@ def _photos(home: Path, count: int) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _shards(home: Path, rows: int, seconds: float) -> None:
-    """GB/s of float16 vectors from shards to torch, in order and as training walks them, in batches of two sizes."""
-    uri, flat = str(home / "vectors"), _vectors(home / "vectors", rows)
+def _shards(home: Path, rows: Rows, seconds: float) -> None:
+    """GB/s from shards to torch, in order and as training walks them.
+
+    A copy is of an array in memory, whose pages are large, and of one in a mapped file, as shards are.
+    """
+    uri, flat = str(home / "rows"), _rows(home / "rows", rows)
     reader = ShardReader(uri)
     for number in range(len(reader.manifest.shards)):
         export._export(number, [uri, number])
-    files = sorted((home / "vectors/parquet").glob("*.parquet"))
-    for batch in BATCHES:
-        plan = Plan(rows, batch, lanes_for(batch, 1), seed=0)
-        order = [np.arange(n, min(n + batch, rows)) for n in range(0, rows, batch)]
-        walked = [plan.at(step)[0] for step in range(rows // batch)]
-        speeds = _speeds(
-            {
-                "numpy copy": partial(_copied, flat, order),
-                "shards": partial(_taken, reader, order),
-                "numpy copy as training walks": partial(_picked, flat, walked),
-                "shards as training walks": partial(_taken, reader, walked),
-                "parquet": partial(_from_parquet, files, batch),
-            },
-            seconds,
+    files = sorted((home / "rows/parquet").glob("*.parquet"))
+    np.save(home / "flat.npy", flat)
+    mapped = np.load(home / "flat.npy", mmap_mode="r")
+    plan = Plan(rows.count, rows.batch, lanes_for(rows.batch, 1), seed=0)
+    order = [np.arange(n, min(n + rows.batch, rows.count)) for n in range(0, rows.count, rows.batch)]
+    walked = [plan.at(step)[0] for step in range(rows.count // rows.batch)]
+    speeds = _speeds(
+        {
+            "copy": partial(_copied, flat, order),
+            "copy, mapped file": partial(_copied, mapped, order),
+            "shards": partial(_taken, reader, order),
+            "gather": partial(_picked, flat, walked),
+            "gather, mapped file": partial(_picked, mapped, walked),
+            "shards as training walks": partial(_taken, reader, walked),
+            "parquet": partial(_from_parquet, files, rows.batch),
+        },
+        seconds,
+    )
+    told = ", ".join(f"{name} {statistics.median(found):.2f}" for name, found in speeds.items())
+    print(f"shards to torch, {rows.about}, {rows.batch} rows a batch, GB/s: {told}", flush=True)
+    for ours, theirs in (("shards", "copy"), ("shards as training walks", "gather")):
+        here, there = (_ratio(speeds[ours], speeds[f"{theirs}{where}"]) for where in ("", ", mapped file"))
+        table = _ratio(speeds[ours], speeds["parquet"])
+        print(
+            f"  {ours}: {here:.2f} of numpy's {theirs}, {there:.2f} of that from a mapped file (the bar is 0.8),"
+            f" {table:.1f} x Parquet (the bar is 4)",
+            flush=True,
         )
-        told = ", ".join(f"{name} {statistics.median(found):.2f}" for name, found in speeds.items())
-        print(f"shards to torch, {rows} x {DIM} float16, {batch} rows a batch, GB/s: {told}", flush=True)
-        for walk in ("", " as training walks"):
-            copy = _ratio(speeds[f"shards{walk}"], speeds[f"numpy copy{walk}"])
-            table = _ratio(speeds[f"shards{walk}"], speeds["parquet"])
-            print(f"  shards{walk}: {copy:.2f} of the copy (the bar is 0.8), {table:.1f} x Parquet (4)", flush=True)
+    storage.remove(uri)
+    storage.remove(str(home / "flat.npy"))
 
 
 def _speeds(sides: dict[str, Callable[[], int]], seconds: float) -> dict[str, list[float]]:
@@ -163,38 +193,39 @@ def _ratio(speeds: list[float], reference: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(speeds, reference, strict=True))
 
 
-def _copied(flat: Vectors, order: list[Ordinals]) -> int:
+def _copied(flat: Array, order: list[Ordinals]) -> int:
     return sum(flat[part[0] : part[-1] + 1].copy().nbytes for part in order)
 
 
-def _picked(flat: Vectors, order: list[Ordinals]) -> int:
+def _picked(flat: Array, order: list[Ordinals]) -> int:
     return sum(np.take(flat, part, axis=0, mode="clip").nbytes for part in order)
 
 
 def _taken(reader: ShardReader, order: list[Ordinals]) -> int:
-    return sum(torch.from_numpy(reader.values("all", part, ["vector"])["vector"]).nbytes for part in order)
+    return sum(torch.from_numpy(reader.values("all", part, ["value"])["value"]).nbytes for part in order)
 
 
 def _from_parquet(files: list[Path], rows: int) -> int:
     size = 0
     for path in files:
-        for batch in parquet.ParquetFile(path).iter_batches(rows, columns=["vector"]):
-            column = batch.column("vector")
+        for batch in parquet.ParquetFile(path).iter_batches(rows, columns=["value"]):
+            column = batch.column("value")
             numbers = (column.storage if isinstance(column, pa.ExtensionArray) else column).flatten()
-            size += torch.from_dlpack(numbers).view(-1, DIM).nbytes
+            size += torch.from_dlpack(numbers).view(len(batch), -1).nbytes
     return size
 
 
-def _vectors(home: Path, rows: int) -> Vectors:
+def _rows(home: Path, rows: Rows) -> Array:
     drawn = np.random.default_rng(0)
-    schema = pa.schema({"vector": pa.fixed_shape_tensor(pa.float16(), (DIM,))})
-    flat = drawn.normal(size=(rows, DIM)).astype(np.float16)
+    schema = pa.schema({"value": pa.fixed_shape_tensor(pa.from_numpy_dtype(rows.dtype), rows.shape)})
+    flat = drawn.integers(0, 100, (rows.count, *rows.shape)).astype(rows.dtype)
     with ShardWriter(str(home), 0, schema) as writer:
-        for first in range(0, rows, 10_000):
+        for first in range(0, rows.count, 10_000):
             some = flat[first : first + 10_000]
-            writer.write(batch_of([{"vector": row} for row in some], schema), np.zeros(len(some), np.int8))
-    manifest = Manifest("vectors", {}, {}, describe(schema), tuple(writer.records), Units(rows, rows, 0, {}), "")
-    save_manifest(manifest, str(home))
+            column = tensor_array(some, schema.field("value").type)
+            writer.write(pa.RecordBatch.from_arrays([column], schema=schema), np.zeros(len(some), np.int8))
+    units = Units(rows.count, rows.count, 0, {})
+    save_manifest(Manifest("vectors", {}, {}, describe(schema), tuple(writer.records), units, ""), str(home))
     return flat
 
 
