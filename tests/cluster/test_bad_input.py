@@ -122,8 +122,8 @@ def test_the_last_lines_about_a_mixed_and_dirty_folder_read_well(tmp_path, capsy
     code, made, said = ingest(capsys, source, out, "--set", f"size={SIDE}", "--max-bad-fraction", 0.8)
     assert code == 0, said
     lines = said.splitlines()
-    (start,) = [n for n, line in enumerate(lines) if line.startswith("22 units: ")]
     print("\n".join(lines))
+    (start,) = [n for n, line in enumerate(lines) if line.startswith("22 units: ")]
     assert lines[start].endswith(f" {made['quarantined']} quarantined, 4 left out")
     assert made["rows"] + made["quarantined"] + 4 == 22
     assert "empty file" in lines[start + 2]
