@@ -120,11 +120,11 @@ def ingest(
         check = _StopIfHopeless(max_bad_fraction * selection.wanted_before(units), out)
         tables = _side_tables(corpus, sources, settings, max_bad_fraction, out)
         setup = partial(corpus.setup, settings) if corpus.setup else None
-        gpus = corpus.gpus(settings) if setup else 0
+        heavy = {"setup": setup, "actors": True, "gpus": corpus.gpus(settings)} if setup else {}
         parts = _cut(survey.slices)
         files, size = len({piece.name for piece in survey.slices}), sum(piece.bytes for piece in survey.slices)
         _tell(f"{units} units in {files} files ({in_bytes(size)}), {len(parts)} parts")
-        found = run_parts(parts, work, out, label="ingest", unit="units", setup=setup, gpus=gpus, check=check)
+        found = run_parts(parts, work, out, label="ingest", unit="units", check=check, **heavy)
         _finish(kind, corpus.schema(settings), request, survey, found, tables, max_bad_fraction, out)
     manifest = load_manifest(out)
     if parquet:
