@@ -4,7 +4,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -120,11 +120,21 @@ def ingest(
         check = _StopIfHopeless(max_bad_fraction * selection.wanted_before(units), out)
         tables = _side_tables(corpus, sources, settings, max_bad_fraction, out)
         setup = partial(corpus.setup, settings) if corpus.setup else None
-        heavy = {"setup": setup, "actors": True, "gpus": corpus.gpus(settings)} if setup else {}
+        gpus = corpus.gpus(settings) if setup else 0
         parts = _cut(survey.slices)
         files, size = len({piece.name for piece in survey.slices}), sum(piece.bytes for piece in survey.slices)
         _tell(f"{units} units in {files} files ({in_bytes(size)}), {len(parts)} parts")
-        found = run_parts(parts, work, out, label="ingest", unit="units", check=check, **heavy)
+        found = run_parts(
+            parts,
+            work,
+            out,
+            label="ingest",
+            unit="units",
+            setup=setup,
+            actors=setup is not None,
+            gpus=gpus,
+            check=check,
+        )
         _finish(kind, corpus.schema(settings), request, survey, found, tables, max_bad_fraction, out)
     manifest = load_manifest(out)
     if parquet:
@@ -174,7 +184,7 @@ def _cut(slices: Sequence[Slice]) -> list[Part]:
         if not parts or size + piece.bytes > target or len(parts[-1]) == MOST_PART_SLICES:
             parts.append([])
             size = 0
-        parts[-1].append([first, asdict(piece)])
+        parts[-1].append([first, dict(vars(piece))])
         size += piece.bytes
         first += piece.stop - piece.start
     return [

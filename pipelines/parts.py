@@ -88,10 +88,9 @@ def run_parts(
         file=sys.stderr,
         disable=not missing,
     )
+    task = _Task(work, setup, out, uuid.uuid4().hex)
     with bar:
-        for number, record in _finished(
-            {n: parts[n] for n in missing}, _Task(work, setup, out, uuid.uuid4().hex), actors, gpus
-        ):
+        for number, record in _finished({n: parts[n] for n in missing}, task, actors, gpus):
             records[number] = record
             bar.update(parts[number].units)
             if check:
@@ -143,7 +142,7 @@ _STATES: dict[str, Any] = {}
 
 
 def _kept(setup: partial[Any]) -> Any:
-    """What `setup` makes, made once a process, with its first part: so its errors travel too. Only the newest is kept."""
+    """What `setup` makes, made once a process, with its first part, so that errors travel; only the newest is kept."""
     name = f"{setup.func.__module__}.{setup.func.__qualname__}{setup.args}{setup.keywords}"
     if name not in _STATES:
         import torch
