@@ -128,14 +128,15 @@ class _Task:
 
     def _begin(self, mark: str, name: str) -> None:
         """Count the times this run began the part: whoever dies in it leaves nothing but this."""
-        before = storage.read_json(mark) if storage.exists(mark) else {}
-        times = before["times"] + 1 if before.get("run") == self.run else 1
+        before = storage.read_bytes(mark).decode().split() if storage.exists(mark) else []
+        times = int(before[1]) + 1 if before[:1] == [self.run] else 1
         if times > TRIES:
             raise Failed(
                 f"{name} ended {TRIES} worker processes: memory ran out, or a library crashed on what it reads. "
                 "Finished parts are kept; run this again to go on, without the file that does it."
             )
-        storage.write_json_atomic(mark, {"run": self.run, "times": times})
+        with storage.writing(mark, sync=False) as staged:
+            staged.write_text(f"{self.run} {times}")
 
 
 _STATES: dict[str, Any] = {}

@@ -116,7 +116,7 @@ def _warm() -> None:
 
 
 def _decode(path: str) -> int:
-    return prepare(storage.read_bytes(path), ImageSettings(size=64)).nbytes
+    return prepare(Path(path).read_bytes(), ImageSettings(size=64)).nbytes
 
 
 def _photos(home: Path, count: int) -> list[str]:
