@@ -4,7 +4,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -132,7 +132,17 @@ def ingest(
         parts = _cut(survey.slices)
         files, size = len({piece.name for piece in survey.slices}), sum(piece.bytes for piece in survey.slices)
         _tell(f"{units} units in {files} files ({in_bytes(size)}), {len(parts)} parts")
-        found = run_parts(parts, work, out, label="ingest", unit="units", setup=setup, gpus=gpus, check=check)
+        found = run_parts(
+            parts,
+            work,
+            out,
+            label="ingest",
+            unit="units",
+            setup=setup,
+            actors=setup is not None,
+            gpus=gpus,
+            check=check,
+        )
         _finish(kind, corpus.schema(settings), request, survey, found, tables, max_bad_fraction, out)
     manifest = load_manifest(out)
     if parquet:
@@ -182,7 +192,7 @@ def _cut(slices: Sequence[Slice]) -> list[Part]:
         if not parts or size + piece.bytes > target or len(parts[-1]) == MOST_PART_SLICES:
             parts.append([])
             size = 0
-        parts[-1].append([first, asdict(piece)])
+        parts[-1].append([first, dict(vars(piece))])
         size += piece.bytes
         first += piece.stop - piece.start
     return [

@@ -1,6 +1,7 @@
 """The engine of ingest, encode and decode: one Ray Data task a part, each leaving a record when it is done.
 
-Parts that share something costly (a language model, a trained bundle) run in actors, each of which makes it once.
+What parts share (a trained bundle) is made once a process. What is heavy (a language model) has actors: processes that
+do nothing else. A bundle has none: actors start anew each time, which takes longer than to encode a few shards.
 
 A record is the last thing a part writes, so an interrupted run redoes only the parts without one, and a part that is
 tried twice overwrites its own files with the same bytes.
@@ -53,6 +54,7 @@ def run_parts(
     label: str,
     unit: str,
     setup: partial[Any] | None = None,
+    actors: bool = False,
     gpus: float = 0,
     check: Callable[[Record], None] | None = None,
 ) -> list[Record]:
@@ -60,9 +62,11 @@ def run_parts(
 
     Args:
         work: a module-level function (or partial of one) returning a JSON record.
-        setup: a partial of a module-level function that makes what all parts of an actor share (a loaded bundle).
-            Each actor makes it once, and computes with one torch thread: results do not depend on how many CPUs are.
-        gpus: CUDA devices of an actor; only where there is a setup.
+        setup: a partial of a module-level function that makes what all parts of a process share (a loaded bundle);
+            equal partials give it once a process. Its process then computes with one torch thread, so that results do
+            not depend on how many CPUs there are.
+        actors: parts run in actors of their own, one a CPU.
+        gpus: CUDA devices of an actor.
         check: sees every record, found or new, and may raise to stop the run.
 
     Raises:
@@ -84,8 +88,9 @@ def run_parts(
         file=sys.stderr,
         disable=not missing,
     )
+    task = _Task(work, setup, out, uuid.uuid4().hex)
     with bar:
-        for number, record in _finished({n: parts[n] for n in missing}, work, setup, gpus, out):
+        for number, record in _finished({n: parts[n] for n in missing}, task, actors, gpus):
             records[number] = record
             bar.update(parts[number].units)
             if check:
@@ -100,8 +105,8 @@ def record_uri(out: str, part: int) -> str:
 class _Task:
     """One part on a worker. Our own errors travel as values: raised, they would come back in Ray's stack trace."""
 
-    def __init__(self, work: Work, out: str, run: str) -> None:
-        self.work, self.out, self.run = work, out, run
+    def __init__(self, work: Work, setup: partial[Any] | None, out: str, run: str) -> None:
+        self.work, self.setup, self.out, self.run = work, setup, out, run
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         part = int(row["part"])
@@ -109,7 +114,8 @@ class _Task:
         mark = record_uri(self.out, part).removesuffix(".json") + ".begun"
         try:
             self._begin(mark, name)
-            record = self.work(part, json.loads(row["payload"]), *self.shared())
+            shared = (_kept(self.setup),) if self.setup else ()
+            record = self.work(part, json.loads(row["payload"]), *shared)
             storage.write_json_atomic(record_uri(self.out, part), record)
             storage.remove(mark)
         except (Refused, Failed) as error:
@@ -122,52 +128,44 @@ class _Task:
 
     def _begin(self, mark: str, name: str) -> None:
         """Count the times this run began the part: whoever dies in it leaves nothing but this."""
-        before = storage.read_json(mark) if storage.exists(mark) else {}
-        times = before["times"] + 1 if before.get("run") == self.run else 1
+        before = storage.read_bytes(mark).decode().split() if storage.exists(mark) else []
+        times = int(before[1]) + 1 if before[:1] == [self.run] else 1
         if times > TRIES:
             raise Failed(
                 f"{name} ended {TRIES} worker processes: memory ran out, or a library crashed on what it reads. "
                 "Finished parts are kept; run this again to go on, without the file that does it."
             )
-        storage.write_json_atomic(mark, {"run": self.run, "times": times})
-
-    def shared(self) -> tuple[Any, ...]:
-        """What `work` takes after the part."""
-        return ()
+        with storage.writing(mark, sync=False) as staged:
+            staged.write_text(f"{self.run} {times}")
 
 
-class _Actor(_Task):
-    """Parts in one process, which makes what they share with the first one: its errors travel as values too."""
-
-    def __init__(self, work: Work, out: str, run: str, setup: partial[Any]) -> None:
-        super().__init__(work, out, run)
-        self.setup = setup
-        self.made: tuple[Any, ...] = ()
-
-    def shared(self) -> tuple[Any, ...]:
-        if not self.made:
-            import torch
-
-            torch.set_num_threads(1)
-            self.made = (self.setup(),)
-        return self.made
+_STATES: dict[str, Any] = {}
 
 
-def _finished(
-    todo: Mapping[int, Part], work: Work, setup: partial[Any] | None, gpus: float, out: str
-) -> Iterator[tuple[int, Record]]:
+def _kept(setup: partial[Any]) -> Any:
+    """What `setup` makes, made once a process, with its first part, so that errors travel; only the newest is kept."""
+    name = f"{setup.func.__module__}.{setup.func.__qualname__}{setup.args}{setup.keywords}"
+    if name not in _STATES:
+        import torch
+
+        torch.set_num_threads(1)
+        _STATES.clear()
+        _STATES[name] = setup()
+    return _STATES[name]
+
+
+def _finished(todo: Mapping[int, Part], task: _Task, actors: bool, gpus: float) -> Iterator[tuple[int, Record]]:
     """Records as their parts finish, in any order."""
     if not todo:
         return
     import ray.data
 
     items = [{"part": n, "payload": json.dumps(part.payload), "about": part.about} for n, part in todo.items()]
-    run = uuid.uuid4().hex
     with _quiet():
         # One block a part: a block is Ray Data's unit of scheduling and of retry.
         blocks = ray.data.from_items(items, override_num_blocks=len(items))
-        if setup is None:
-            results = blocks.map(_Task(work, out, run), num_cpus=1)
+        if not actors:
+            results = blocks.map(task, num_cpus=1)
         else:
             # One part at a time: a second one would wait behind it while another actor has nothing to do.
             pool = ray.data.ActorPoolStrategy(
@@ -177,8 +175,8 @@ def _finished(
                 max_tasks_in_flight_per_actor=1,
             )
             results = blocks.map(
-                _Actor,
-                fn_constructor_args=(work, out, run, setup),
+                _Task,
+                fn_constructor_args=(task.work, task.setup, task.out, task.run),
                 compute=pool,
                 num_cpus=1,
                 num_gpus=gpus or None,

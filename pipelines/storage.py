@@ -133,8 +133,11 @@ def open_read(uri: str) -> BinaryIO:
 
 
 @contextmanager
-def writing(uri: str) -> Iterator[Path]:
-    """A local file to fill: it appears at `uri`, whole, when the block ends, and not at all when the block raises."""
+def writing(uri: str, sync: bool = True) -> Iterator[Path]:
+    """A local file to fill: it appears at `uri`, whole, when the block ends, and not at all when the block raises.
+
+    Without `sync` it may be lost, or be empty, when the machine itself goes down.
+    """
     uri = normalise(uri)
     local = is_local(uri)
     with _told(uri, "write"):
@@ -146,9 +149,11 @@ def writing(uri: str) -> Iterator[Path]:
         yield staged
         with _told(uri, "write"):
             if local:
-                _sync(staged)
+                if sync:
+                    _sync(staged)
                 os.replace(staged, uri)
-                _sync(folder)
+                if sync:
+                    _sync(folder)
             else:
                 _s3().put_file(str(staged), uri, chunksize=MULTIPART_BYTES)
     finally:

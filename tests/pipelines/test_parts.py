@@ -60,11 +60,11 @@ def test_every_record_old_or_new_is_checked_and_a_check_may_stop_the_run(tmp_pat
         run([1, 2, 3, 4], tmp_path, check=stop)
 
 
-def test_what_setup_makes_is_made_once_a_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("actors", [False, True])
+def test_what_setup_makes_is_made_once_a_process(actors: bool, tmp_path: Path) -> None:
     (tmp_path / "loads").mkdir()
-    records = run(
-        list(range(12)), tmp_path / "out", counting.add, setup=partial(counting.load, str(tmp_path / "loads"))
-    )
+    setup = partial(counting.load, str(tmp_path / "loads"))
+    records = run(list(range(12)), tmp_path / "out", counting.add, setup=setup, actors=actors)
     assert [record["sum"] for record in records] == [100 + n for n in range(12)]
     loaded = [path.name.split(".")[0] for path in (tmp_path / "loads").iterdir()]
     assert {str(record["process"]) for record in records} <= set(loaded)
@@ -85,7 +85,7 @@ def test_a_part_that_kills_every_worker_ends_in_a_failure(tmp_path: Path) -> Non
     with pytest.raises(Failed, match=r"part 1 ended 4 worker processes: .*run this again to go on, without the file"):
         run([0, 0], tmp_path, counting.die_always)
     with pytest.raises(Failed, match="part 1 ended 4 worker processes"):
-        run([0, 0], tmp_path, counting.die_always, setup=partial(counting.load, str(tmp_path)))
+        run([0, 0], tmp_path, counting.die_always, setup=partial(counting.load, str(tmp_path)), actors=True)
 
 
 def test_a_part_whose_worker_dies_is_done_again(tmp_path: Path) -> None:
