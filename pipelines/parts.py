@@ -12,6 +12,7 @@ import sys
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -109,14 +110,14 @@ class _Task:
         try:
             self._begin(mark, name)
             record = self.work(part, json.loads(row["payload"]), *self.shared())
+            storage.write_json_atomic(record_uri(self.out, part), record)
+            storage.remove(mark)
         except (Refused, Failed) as error:
             return {"part": part, "error": type(error).__name__, "text": str(error)}
         except Exception as error:
             # A bug, or a library's own error. The driver raises it as Failed; the trace would be lost on the way.
             told = [f"{name} ended with {type(error).__name__}: {error}", traceback.format_exc()]
             return {"part": part, "error": "other", "text": json.dumps(told)}
-        storage.write_json_atomic(record_uri(self.out, part), record)
-        storage.remove(mark)
         return {"part": part, "error": "", "text": json.dumps(record)}
 
     def _begin(self, mark: str, name: str) -> None:
@@ -206,7 +207,10 @@ def _recorded(out: str, parts: int) -> dict[int, Record]:
         return {}
     known = {entry.name for entry in storage.list_files(home)}
     uris = {number: record_uri(out, number) for number in range(parts)}
-    return {number: storage.read_json(uri) for number, uri in uris.items() if uri.rsplit("/", 1)[-1] in known}
+    found = {number: uri for number, uri in uris.items() if uri.rsplit("/", 1)[-1] in known}
+    # Side by side: from s3 each takes a round trip, and there may be thousands.
+    with ThreadPoolExecutor(16) as readers:
+        return dict(zip(found, readers.map(storage.read_json, found.values()), strict=True))
 
 
 @contextmanager

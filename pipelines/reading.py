@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.columns import batch_of
-from pipelines.corpora import NOT_TEST, Bad, Corpus, CorpusSettings, Filtered, Row, Slice
+from pipelines.corpora import NOT_TEST, Bad, Corpus, CorpusSettings, Filtered, Joined, Row, Slice
 from pipelines.errors import Failed
 from pipelines.manifest import SPLITS
 from pipelines.parts import Record
@@ -118,7 +118,7 @@ class _Account:
 
 
 def _units(
-    found: Iterable[tuple[int, Row | list[Row] | Bad | Filtered, bytes]],
+    found: Iterable[tuple[int, Row | list[Row] | Bad | Filtered | Joined, bytes]],
     selection: Selection,
     first: int,
     piece: Slice,
@@ -139,6 +139,8 @@ def _units(
             account.quarantine(row.source, piece.start + unit, row.reason)
         elif isinstance(row, Filtered):
             account.filtered[row.setting] += 1
+        elif isinstance(row, Joined):
+            account.kept += 1
         elif isinstance(row, Row):
             yield unit, [row]
         elif row:

@@ -82,6 +82,11 @@ class Filtered:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """A unit that is kept in the row of another unit of its slice, as a streamline is in that of its chunk."""
+
+
+@dataclass(frozen=True)
 class SideTable:
     """A further table of a corpus, such as the log beside its items. Its units are not those of the rows."""
 
@@ -107,11 +112,12 @@ class Corpus:
     Settings: type[CorpusSettings]
     survey: Callable[[list[str], Any], Survey]
     """(source URIs, settings) -> Survey; Refused where a URI is missing or holds nothing of this kind."""
-    read: Callable[..., Iterator[tuple[int, Row | list[Row] | Bad | Filtered, bytes]]]
+    read: Callable[..., Iterator[tuple[int, Row | list[Row] | Bad | Filtered | Joined, bytes]]]
     """(slice, survey context, settings, wanted) -> (unit, row or reason, fingerprint of its bytes) for wanted units.
 
     A unit of many rows (a document: its tokens) gives the list of them; it is kept or quarantined as a whole, so they
-    have to fit into memory together. One without a row is Bad or Filtered, never an empty list.
+    have to fit into memory together. One without a row is Bad or Filtered, never an empty list; one that is in the row
+    of another unit is Joined.
     `unit` counts from slice.start; `wanted(unit)` is False for units left out by --limit: they are not decoded.
     Every wanted unit is yielded once, in rising order: an ingest fails where one is missing.
     Where there is a `setup`, what it made is the fifth argument."""

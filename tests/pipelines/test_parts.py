@@ -76,6 +76,11 @@ def test_a_setup_that_refuses_is_heard(tmp_path: Path) -> None:
         run([1], tmp_path, counting.add, setup=partial(counting.refuse_to_load))
 
 
+def test_a_record_that_cannot_be_written_is_a_failure_in_its_own_words(tmp_path: Path) -> None:
+    with pytest.raises(Failed, match=r"^could not write .*part-00000\.json: Is a directory"):
+        run([0], tmp_path, partial(counting.take_the_place_of_its_record, str(tmp_path)))
+
+
 def test_a_part_that_kills_every_worker_ends_in_a_failure(tmp_path: Path) -> None:
     with pytest.raises(Failed, match=r"part 1 ended 4 worker processes: .*run this again to go on, without the file"):
         run([0, 0], tmp_path, counting.die_always)

@@ -48,6 +48,12 @@ def test_one_row_that_does_not_fit_takes_its_unit_along(
     assert [bad[1] for bad in record["bad"]] == [1, 3] * 2
 
 
+def test_a_unit_in_the_row_of_another_is_kept(tmp_path: Path) -> None:
+    record, values = read(tmp_path, ["joined", "g 1", "none", "joined"])
+    assert values == [1] * 2
+    assert [source[3:5] for source in record["sources"]] == [[3, 1]] * 2
+
+
 def test_a_limit_counts_units_and_not_rows(tmp_path: Path) -> None:
     record, values = read(tmp_path, ["g 1,2,3", "g 4,5", "g 6"], limit=2)
     assert values == [1, 2, 3] * 2

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.corpora import Bad, Corpus, CorpusSettings, Filtered, Row, SideTable, Slice, Survey
+from pipelines.corpora import Bad, Corpus, CorpusSettings, Filtered, Joined, Row, SideTable, Slice, Survey
 
 
 class TinySettings(CorpusSettings):
@@ -39,7 +39,7 @@ def survey(sources: list[str], settings: TinySettings) -> Survey:
 
 def read(
     piece: Slice, context: Mapping[str, Any], settings: TinySettings, wanted: Callable[[int], bool]
-) -> Iterator[tuple[int, Row | list[Row] | Bad | Filtered, bytes]]:
+) -> Iterator[tuple[int, Row | list[Row] | Bad | Filtered | Joined, bytes]]:
     if settings.diary:
         mark = f"read.{os.getpid()}.{time.time_ns()}.{piece.name.replace('/', '_')}"
         open(os.path.join(settings.diary, mark), "w").close()
@@ -52,7 +52,9 @@ def read(
             continue
         if words == ["crash"]:
             raise ZeroDivisionError("a bug in the corpus")
-        if len(words) != 2:
+        if words == ["joined"]:
+            yield unit, Joined(), line
+        elif len(words) != 2:
             yield unit, Bad(piece.name, f"{len(words)} words instead of 2"), line
         elif "," in words[1]:
             yield unit, [_row(words[0], value, settings) for value in words[1].split(",") if value], line
@@ -98,7 +100,7 @@ def read_with_model(
     settings: TinySettings,
     wanted: Callable[[int], bool],
     model: dict[str, Any],
-) -> Iterator[tuple[int, Row | Bad | Filtered, bytes]]:
+) -> Iterator[tuple[int, Row | Bad | Filtered | Joined, bytes]]:
     """As `read`, scaled by the model; a line `kill` ends the worker that reads it first."""
     mark = os.path.join(settings.diary, "killed")
     if b"kill\n" in storage.read_bytes(piece.uri) and not os.path.exists(mark):

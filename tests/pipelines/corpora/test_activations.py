@@ -535,7 +535,7 @@ def test_an_ingest_counts_documents_and_has_one_digest_wherever_the_model_lies(
 ) -> None:
     monkeypatch.setattr(ingest, "LEAST_PART_BYTES", 1)
     monkeypatch.setattr(activations, "LEAST_SLICE_BYTES", 4000)
-    (tmp_path / "t.csv").write_text("text\n" + "\n".join([*TEXTS * 5, '" "']))
+    (tmp_path / "t.csv").write_text("text\n" + "\n".join(f'"{text}"' for text in [*TEXTS * 5, " "]))
     settings = ActivationSettings(model=str(models["bert"]), layers=(1, 2), words="last", min_word_count=2)
     done = ingest.ingest("activations", [str(tmp_path / "t.csv")], str(tmp_path / "out"), settings=settings)
     manifest = load_manifest(str(tmp_path / "out"))

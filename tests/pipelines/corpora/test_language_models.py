@@ -221,6 +221,39 @@ def test_gguf_files_are_asked_for_by_name(bert: Path):
     assert folders.find(str(bert), "small.gguf") == bert
 
 
+def test_a_gguf_file_gives_the_states_of_the_same_weights(tmp_path: Path):
+    pytest.importorskip("accelerate", reason="transformers needs it for GGUF")
+    llama = tiny.save(tmp_path / "llama", "llama")
+    (tmp_path / "gguf").mkdir()
+    tiny.save_gguf(tmp_path / "gguf/tiny.gguf", llama)
+    where = str(tmp_path / "gguf"), "tiny.gguf"
+    assert lm.shape_of(*where) == lm.shape_of(str(llama))
+    opened = lm.open_model(*where)
+    found = opened.hidden_states([[5, 6, 7, 9], [4, 5]], [0, 1, 2])
+    expected = lm.open_model(str(llama)).hidden_states([[5, 6, 7, 9], [4, 5]], [0, 1, 2])
+    for layer, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(layer[:, :2], other[:, :2])
+    assert opened.tokenizer.tokenize("ab#") == ["ab", "#"]
+
+
+def test_a_gguf_file_that_is_none_or_cut_off_is_refused(tmp_path: Path):
+    tiny.save_gguf(tmp_path / "whole.gguf", tiny.save(tmp_path / "llama", "llama"))
+    whole = (tmp_path / "whole.gguf").read_bytes()
+    for name, data in {"none": b"not a GGUF file at all", "empty": b"", "cut": whole[: len(whole) // 3]}.items():
+        (tmp_path / f"{name}.gguf").write_bytes(data)
+        with pytest.raises(Refused, match="transformers cannot load"):
+            lm.shape_of(str(tmp_path), f"{name}.gguf")
+
+
+def test_a_panic_of_the_tokenizer_is_a_refusal(bert: Path):
+    """Its Rust code panics on some damaged files, with an exception that `except Exception` lets pass."""
+    tokenizer = json.loads((bert / "tokenizer.json").read_text())
+    broken = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}
+    (bert / "tokenizer.json").write_text(json.dumps({**tokenizer, "model": broken}))
+    with pytest.raises(Refused, match="transformers cannot load"):
+        lm.shape_of(str(bert))
+
+
 def test_a_model_is_told_from_another_of_the_same_form(tmp_path: Path):
     first, other = tiny.save(tmp_path / "a", seed=0), tiny.save(tmp_path / "b", seed=1)
     shutil.copytree(first, tmp_path / "c")

@@ -4,6 +4,7 @@ import string
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -66,3 +67,50 @@ def save(folder: Path, kind: str = "bert", seed: int = 0) -> Path:
     model.save_pretrained(folder)
     tokenizer(specials=kind in ("bert", "roberta")).save_pretrained(folder)
     return folder
+
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+def save_gguf(path: Path, llama: Path) -> None:
+    """The weights of a saved Llama as a GGUF file, with a byte-level tokenizer of its own."""
+    import gguf
+
+    model = AutoModel.from_pretrained(llama)
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*map(chr, range(33, 32 + len(VOCABULARY))), "ab"])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+    for name, weight in model.state_dict().items():
+        array = weight.float().numpy()
+        if "q_proj" in name or "k_proj" in name:
+            # llama.cpp rotates neighbouring pairs, transformers the two halves of a head.
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(_gguf_name(name), np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _gguf_name(name: str) -> str:
+    if not name.startswith("layers."):
+        return {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}[name]
+    _, number, part = name.removesuffix(".weight").split(".", 2)
+    return f"blk.{number}.{GGUF_NAMES[part]}.weight"
