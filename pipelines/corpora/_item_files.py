@@ -122,6 +122,11 @@ def layout_of(name: str) -> tables.Layout | None:
     return None if layout == "lines" else layout
 
 
+def quoted(name: str) -> bool | None:
+    """RecBole's files have no quotes; other TSV has them where pandas or a spreadsheet wrote it."""
+    return True if layout_of(name) == "tsv" and not name.lower().endswith(ATOMIC) else None
+
+
 def read_items(piece: Slice, wanted: tables.Wanted) -> Iterator[tuple[int, Item | Bad, bytes]]:
     """Every wanted item of a slice: its id and its text, and the digest of its record."""
     if piece.meta["layout"] == "json":
@@ -179,7 +184,7 @@ def as_list(text: str) -> list[Any] | None:
 def columns_of(entry: Entry, settings: Any) -> Columns | None:
     """None where the file cannot be read as a table."""
     layout = layout_of(entry.name)
-    names = tables.columns_of(entry, layout) if layout else []
+    names = tables.columns_of(entry, layout, quoted=quoted(entry.name)) if layout else []
     # RecBole writes a type behind each name: `user_id:token`.
     base = {name: name.partition(":")[0].strip().lower() for name in names}
 
@@ -210,7 +215,8 @@ def _sort_in(
     elif columns.is_items:
         assert columns.item is not None
         text = _text_columns(entry, columns, settings.text)
-        for piece in tables.of_table(entry, prefix, layout, [columns.item, *text], slice_bytes=SLICE_BYTES):
+        taken, quotes = [columns.item, *text], quoted(entry.name)
+        for piece in tables.of_table(entry, prefix, layout, taken, quoted=quotes, slice_bytes=SLICE_BYTES):
             meta = {**piece.meta, "item": columns.item, "text": text}
             items.append(replace(piece, bytes=piece.bytes * COST, meta=meta))
     else:

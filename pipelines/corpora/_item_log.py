@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pipelines.corpora import Bad
 from pipelines.corpora import _text_tables as tables
-from pipelines.corpora._item_files import LogFile, as_list, layout_of
+from pipelines.corpora._item_files import LogFile, as_list, layout_of, quoted
 from pipelines.errors import Refused
 from pipelines.manifest import SPLITS
 from pipelines.shards import split_of
@@ -200,7 +200,7 @@ def _events(file: LogFile) -> Iterator[_Event | Bad]:
     taken = list(dict.fromkeys(name for name in wanted if name is not None))
     layout = layout_of(file.entry.name)
     assert layout is not None
-    for piece in tables.of_table(file.entry, file.prefix, layout, taken):
+    for piece in tables.of_table(file.entry, file.prefix, layout, taken, quoted=quoted(file.entry.name)):
         for unit, record, _ in tables.read_table(piece, lambda _: True):
             yield record if isinstance(record, Bad) else _event(tables.unit_name(piece, unit), record, file)
 

@@ -57,7 +57,7 @@ def open_table(entry: Entry, prefix: str, smiles: str | None) -> Source | None:
     layout = "lines" if is_smi(entry.name) else tables.layout_of(entry.name)
     if layout is None or (layout == "lines" and not is_smi(entry.name)):
         return None
-    columns = tables.columns_of(entry, layout)
+    columns = columns_of(entry, layout)
     if is_smi(entry.name):
         column: str | None = tables.TEXT
     else:
@@ -67,10 +67,19 @@ def open_table(entry: Entry, prefix: str, smiles: str | None) -> Source | None:
     # All columns that are there once, for the sample; `with_columns` leaves those that are needed.
     others = [name for name in columns if columns.count(name) == 1]
     taken = list(dict.fromkeys([column, *others])) if column is not None else None
-    slices = tables.of_table(entry, prefix, layout, taken, slice_bytes=SLICE_BYTES)
+    slices = tables.of_table(entry, prefix, layout, taken, quoted=_quoted(layout), slice_bytes=SLICE_BYTES)
     sample = _sampled(slices) if columns and layout != "lines" else []
     slices = [replace(piece, bytes=piece.bytes * ROW_BYTES_A_BYTE) for piece in slices]
     return Source(entry, slices, column, others if sample else [], sample)
+
+
+def columns_of(entry: Entry, layout: tables.Layout) -> list[str]:
+    return tables.columns_of(entry, layout, quoted=_quoted(layout))
+
+
+def _quoted(layout: tables.Layout) -> bool | None:
+    # Names of compounds are quoted in TSV too (pandas writes it so), and may hold line ends.
+    return True if layout == "tsv" else None
 
 
 def open_sdf(entry: Entry, prefix: str) -> Source:

@@ -101,7 +101,7 @@ def _opened(
         if opened is None:
             ignored["a table without a column of SMILES"] += 1
             layout = tables.layout_of(entry.name)
-            others[entry.name] = tables.columns_of(entry, layout) if layout else []
+            others[entry.name] = files.columns_of(entry, layout) if layout else []
         elif not opened.slices:
             ignored["a file without records"] += 1
         else:

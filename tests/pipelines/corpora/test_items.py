@@ -343,6 +343,13 @@ def test_recbole_files_have_types_in_their_headers_and_no_quotes(tmp_path: Path,
     assert lines(log_of(tmp_path, model), "user", "split") == [("8", "train"), ("7", "test"), ("7", "test")]
 
 
+def test_other_tsv_has_quotes(tmp_path: Path, model: str) -> None:
+    (tmp_path / "films.tsv").write_text('item_id\ttitle\n1\t"good\nfilm"\n2\tmat\n')
+    (tmp_path / "log.tsv").write_text('user_id\titem_id\n"a\nb"\t1\n')
+    assert [row.values["text"] for row in read_all(tmp_path, model) if isinstance(row, Row)] == ["good film", "mat"]
+    assert lines(log_of(tmp_path, model), "user", "item") == [("a\nb", "1")]
+
+
 def test_parquet_logs_and_other_column_names(tmp_path: Path, model: str) -> None:
     pq.write_table(pa.table({"film": [1, 2], "words": ["cat", "mat"]}), tmp_path / "films.parquet")
     when = pa.array([2, 1], pa.timestamp("s"))

@@ -288,6 +288,14 @@ def test_a_folder_of_many_kinds_of_files(tmp_path: Path) -> None:
     }
 
 
+def test_names_in_tsv_may_be_quoted_and_hold_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text('name\tsmiles\ty\n"two\nlines"\tCCO\t1\nplain\tC\t0\n')
+    assert [(row["smiles"], row["labels"].tolist()) for row in rows_of(read_all(tmp_path))] == [
+        ("CCO", [1]),
+        ("C", [0]),
+    ]
+
+
 def test_slices_are_small_because_a_molecule_takes_long(tmp_path: Path) -> None:
     rows = [{"smiles": smiles, "text": "x" * 900} for smiles in list(DRUGS.values()) * 100]
     path = table(tmp_path / "x.csv", rows)
