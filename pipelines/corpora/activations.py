@@ -28,6 +28,8 @@ TEXT_BYTES_A_TOKEN = 4
 MOST_SLICE_BYTES = 64 << 20
 LEAST_SLICE_BYTES = 8 << 20
 """Of rows. Small enough that a few thousand documents keep all cores busy."""
+CHUNK_BYTES = 64 << 20
+"""Of the rows that are held while they are computed."""
 
 
 class ActivationSettings(ModelSettings, documents.TextSettings):
@@ -177,7 +179,7 @@ def read(
     """Every wanted document of a slice as the rows of its tokens or words, or why it has none."""
     planned = rows.planned(rows.cut(piece, settings, wanted, model.tokenizer), piece, settings)
     # Batches are made of the documents of one chunk. Where chunks end follows from the slice and `wanted` alone.
-    most = max(settings.batch, min(16 * settings.batch, MOST_SLICE_BYTES // settings.row_bytes))
+    most = max(settings.batch, min(16 * settings.batch, CHUNK_BYTES // settings.row_bytes))
     chunk: list[tuple[int, rows.Plan | Bad | Filtered, bytes]] = []
     tokens = 0
     for unit, found, digest in planned:

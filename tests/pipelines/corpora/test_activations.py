@@ -191,8 +191,18 @@ def test_two_readings_and_any_limit_give_the_same_bits(model: str, table: Path) 
 def test_chunks_of_documents_change_no_row(model: str, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors may differ in their last bits, as their batches do; which document has which may not."""
     whole = read(table, model=model)
-    monkeypatch.setattr(activations, "MOST_SLICE_BYTES", 1)
+    held: list[int] = []
+    compute = activations.rows.activations
+
+    def computed(plans: Any, *rest: Any) -> Any:
+        held.append(len(plans))
+        return compute(plans, *rest)
+
+    monkeypatch.setattr(activations.rows, "activations", computed)
+    monkeypatch.setattr(activations, "CHUNK_BYTES", 1)
     parts = read(table, model=model, batch_tokens=5)
+    # Memory holds the documents of one chunk: it is done once it has the tokens of a batch.
+    assert held == [1, 2, 2, 1, 0]
     assert parts.column("token") == whole.column("token")
     assert parts.column("document") == whole.column("document")
     close(parts.column("layer_2"), np.stack(whole.column("layer_2")))
@@ -475,6 +485,15 @@ def test_what_float16_cannot_hold_bfloat16_can(broken: Callable[[float], str], t
 def test_impossible_requests_are_refused(wrong: dict[str, Any], words: str, model: str, table: Path) -> None:
     with pytest.raises(Refused, match=words):
         read(table, **{"model": model, **wrong})
+
+
+def test_workers_find_a_model_given_by_a_relative_path(
+    model: str, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(model).parent)
+    settings = ActivationSettings(model="bert")
+    monkeypatch.chdir(tmp_path)
+    assert activations.setup(settings).shape.width == tiny.WIDTH
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModel, AutoTokenizer, T5Config
 
@@ -86,6 +86,7 @@ def test_one_thread_computes_whatever_the_process_was_told(bert: Path, monkeypat
         torch.set_num_threads(before)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 40), max_size=60), st.integers(1, 100))
 def test_batches_hold_every_sequence_once_and_keep_to_their_tokens(lengths: list[int], batch_tokens: int):
     batches = list(lm.batched(lengths, batch_tokens))

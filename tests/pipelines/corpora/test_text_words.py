@@ -4,7 +4,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -68,6 +68,7 @@ def test_tokens_of_white_space_belong_to_no_word() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
 @given(text=st.text("abc. !\n", max_size=30))
 def test_laws_of_words(kind: str, text: str) -> None:
     (found,) = words.encoded(tokenizer(kind), [text], "space")
@@ -79,6 +80,7 @@ def test_laws_of_words(kind: str, text: str) -> None:
     assert set(real) == set(range(len(found.words)))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 5), max_size=20), st.integers(1, 7))
 def test_windows_hold_every_token_once_and_cut_words_only_where_they_must(lengths: list[int], room: int) -> None:
     word_of = [word for word, length in enumerate(lengths) for _ in range(length)]
@@ -94,6 +96,7 @@ def test_windows_hold_every_token_once_and_cut_words_only_where_they_must(length
             assert stop - start + lengths[word_of[stop]] > room
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.sampled_from("abc"), max_size=8), max_size=12), st.integers(1, 4), st.integers(1, 4))
 def test_slices_spend_what_the_whole_corpus_would(documents: list[list[str]], least: int, most: int) -> None:
     counted = words.Frequencies(least, most)
