@@ -6,6 +6,8 @@ import json
 import pytest
 
 from jobs import cli
+from jobs.ingest import KINDS
+from pipelines import corpora
 from pipelines.errors import Failed, Refused
 
 
@@ -54,3 +56,7 @@ def test_a_verb_that_had_nothing_to_do_says_so(capsys):
     said = capsys.readouterr()
     assert "nothing to do" in said.err
     assert json.loads(said.out)["skipped"] is True
+
+
+def test_help_of_ingest_names_every_kind():
+    assert KINDS.removeprefix("what the files hold: ").replace(" or ", ", ").split(", ") == corpora.names()
