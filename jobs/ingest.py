@@ -13,6 +13,7 @@ Examples:
 import argparse
 from typing import Any
 
+from jobs import cli
 from jobs.arguments import add_out, add_settings
 from pipelines.options import parse_pairs
 
@@ -59,3 +60,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         parquet=arguments.format == "parquet",
     )
     return vars(result)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.main_of(__file__))
