@@ -302,7 +302,8 @@ def test_a_model_waits_for_a_cpu_aloud_and_not_for_ever(source: Path, tmp_path: 
 
     hog = Hog.remote()
     ray.get(hog.ready.remote())
-    monkeypatch.setattr(cluster, "require_free_cpu", partial(cluster.require_free_cpu, patience=0.5))
+    patient = cluster.require_free_cpu
+    monkeypatch.setattr(cluster, "require_free_cpu", partial(patient, patience=0.5))
     try:
         for kind in ("modelled", "tiny"):
             with pytest.raises(Failed, match=r"no CPU became free within 0\.5 s; the cluster has 4"):
@@ -310,6 +311,7 @@ def test_a_model_waits_for_a_cpu_aloud_and_not_for_ever(source: Path, tmp_path: 
             assert "waiting for a free CPU" in capsys.readouterr().err
     finally:
         ray.kill(hog)
+    monkeypatch.setattr(cluster, "require_free_cpu", patient)  # Ray takes a while to see that the CPUs are free
     assert run(source, tmp_path / "modelled", kind="modelled").rows == FILES * LINES
 
 
