@@ -50,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _carry_out(verb, module.run, arguments)
 
 
+def main_of(file: str) -> int:
+    """`python -m jobs.VERB ARGS` as `vqray VERB ARGS`; `file` is the verb's own."""
+    return main([Path(file).stem, *sys.argv[1:]])
+
+
 def overview(known: dict[str, str]) -> str:
     """What `vqray` alone prints."""
     width = max(map(len, known)) + 2

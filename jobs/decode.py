@@ -8,6 +8,7 @@ Examples:
 import argparse
 from typing import Any
 
+from jobs import cli
 from jobs.arguments import add_bundle, add_out
 
 
@@ -24,3 +25,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from pipelines.encode import decode
 
     return vars(decode(arguments.bundle, arguments.codes, arguments.out, files=arguments.format == "files"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.main_of(__file__))

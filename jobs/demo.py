@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jobs import cli
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", default="rotation_trick", help="a recipe that names demo data")
@@ -22,3 +24,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     result = vars(demo(arguments.recipe, arguments.out or Path("demo") / arguments.recipe))
     print("\n" + "\n".join(result.pop("story")), file=sys.stderr)
     return result
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.main_of(__file__))

@@ -11,6 +11,7 @@ Examples:
 import argparse
 from typing import Any
 
+from jobs import cli
 from jobs.arguments import add_bundle, add_out, add_shards
 
 
@@ -29,3 +30,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     parquet = arguments.format == "parquet"
     return vars(encode(arguments.bundle, arguments.shards, arguments.out, split=arguments.split, parquet=parquet))
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.main_of(__file__))

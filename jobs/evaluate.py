@@ -10,6 +10,7 @@ Examples:
 import argparse
 from typing import Any
 
+from jobs import cli
 from jobs.arguments import add_bundle, add_out, add_shards
 
 
@@ -26,3 +27,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from pipelines.evaluate import evaluate
 
     return vars(evaluate(arguments.bundle, arguments.shards, arguments.out, arguments.split))
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.main_of(__file__))

@@ -6,19 +6,23 @@ An interrupted ingest goes on when the same command is run again; a finished one
 Examples:
   vqray ingest --corpus images --source photos/ --out shards/ --set size=64 colour=rgb
   vqray ingest --corpus images --source s3://bucket/train-{00000..00099}.tar --out s3://bucket/shards --limit 100000
+  vqray ingest --corpus activations --source news.csv --out shards/ --set model=models/minilm layers=3,6
   vqray ingest --bundle cells@champion --source new-photos/ --out new-shards/
 """
 
 import argparse
 from typing import Any
 
+from jobs import cli
 from jobs.arguments import add_out, add_settings
 from pipelines.options import parse_pairs
+
+KINDS = "what the files hold: activations, images, items, molecules, proteins, streamlines or vectors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--corpus", metavar="KIND", help="what the files hold: images")
+    kind.add_argument("--corpus", metavar="KIND", help=KINDS)
     kind.add_argument("--recipe", metavar="R", help="the corpus kind that this recipe trains on")
     kind.add_argument("--bundle", metavar="REF", help="prepare the files as this bundle's training data was prepared")
     parser.add_argument("--source", required=True, nargs="+", metavar="URI", help="files or directories to read")
@@ -56,3 +60,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         parquet=arguments.format == "parquet",
     )
     return vars(result)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.main_of(__file__))

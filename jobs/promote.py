@@ -7,6 +7,8 @@ Example:
 import argparse
 from typing import Any
 
+from jobs import cli
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ref", metavar="REF", help="NAME@v3, or NAME@ALIAS for the version another alias means")
@@ -17,3 +19,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from pipelines import registry
 
     return vars(registry.promote(arguments.ref, arguments.alias))
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.main_of(__file__))

@@ -9,6 +9,7 @@ Example:
 import argparse
 from typing import Any
 
+from jobs import cli
 from jobs.arguments import add_bundle
 
 
@@ -23,3 +24,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     published = registry.publish(registry.local_bundle(arguments.bundle), arguments.name)
     ref = f"{published.name}@v{published.version}"
     return {"out": ref, "digest": published.digest, "registered": ref, "skipped": published.skipped}
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.main_of(__file__))

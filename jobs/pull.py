@@ -8,6 +8,7 @@ Examples:
 import argparse
 from typing import Any
 
+from jobs import cli
 from jobs.arguments import add_out
 
 
@@ -20,3 +21,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from pipelines import registry
 
     return vars(registry.pull(arguments.ref, arguments.out))
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.main_of(__file__))

@@ -8,6 +8,7 @@ Examples:
 import argparse
 from typing import Any
 
+from jobs import cli
 from pipelines import recipe
 from pipelines.options import describe
 
@@ -30,3 +31,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"\npreset {preset}: " + (" ".join(f"{k}={v}" for k, v in values.items()) or "the defaults"))
     print("\nsearch space: " + " ".join(f"{k}={v}" for k, v in found.space.items()))
     return {"recipe": found.name}
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.main_of(__file__))

@@ -7,6 +7,8 @@ Example:
 import argparse
 from typing import Any
 
+from jobs import cli
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="only this name")
@@ -19,3 +21,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for entry in entries:
         print(entry)
     return {"entries": [vars(entry) for entry in entries]}
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.main_of(__file__))

@@ -13,6 +13,7 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
+from jobs import cli
 from jobs.arguments import add_out, add_settings, add_shards
 from pipelines.errors import Refused
 from pipelines.options import parse_pairs
@@ -63,3 +64,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         published = registry.publish(registry.local_bundle(outcome.out), arguments.register, run_id=outcome.run_id)
         result["registered"] = f"{published.name}@v{published.version}"
     return result
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.main_of(__file__))

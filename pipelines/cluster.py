@@ -50,22 +50,28 @@ def cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 0))
 
 
-def require_free_cpu(patience: float = 300.0) -> None:
-    """Wait until a task of one CPU runs: Ray Data would wait too, but for ever and without a word.
+def require_free_cpu(patience: float = 300.0, gpus: float = 0) -> None:
+    """Wait until a task of one CPU (and `gpus` CUDA devices) runs: Ray Data would wait too, but for ever and silently.
 
     A task is asked for, not counted: on a cluster that grows with demand there is no CPU until somebody asks.
 
     Raises:
+        Refused: a Ray of this process's own has fewer CUDA devices.
         Failed: none ran within `patience` seconds.
     """
     connect()
-    waiting = [ray.remote(num_cpus=1)(_nothing).remote()]
+    devices = ray.cluster_resources().get("GPU", 0)
+    has = f"the cluster has {cpus()}" + (f", and {devices:g} CUDA devices" if gpus else "")
+    if gpus > devices and not os.environ.get("RAY_ADDRESS"):
+        raise Refused(f"{gpus:g} CUDA devices a worker were asked for, and this machine has {devices:g}.")
+    what = "CPU" if not gpus else f"CPU with {gpus:g} CUDA devices"
+    waiting = [ray.remote(num_cpus=1, num_gpus=gpus)(_nothing).remote()]
     if not ray.wait(waiting, timeout=min(5.0, patience))[0]:
-        print(f"waiting for a free CPU (the cluster has {cpus()}, all in use)", file=sys.stderr)
+        print(f"waiting for a free {what} ({has}, all in use)", file=sys.stderr)
         if not ray.wait(waiting, timeout=max(0.0, patience - 5.0))[0]:
             ray.cancel(waiting[0], force=True)
             raise Failed(
-                f"no CPU became free within {patience:g} s; the cluster has {cpus()}. "
+                f"no {what} became free within {patience:g} s; {has}. "
                 "Wait for other jobs or stop one, then run this again: it goes on where it stopped."
             )
 

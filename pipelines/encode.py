@@ -1,6 +1,6 @@
 """Shards to codes and codes back to rows, with the bundle that belongs to them. One shard out per shard in."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from pipelines import corpora, registry, storage, trained
 from pipelines.claims import claim
+from pipelines.columns import batch_from, padded, tail_of, values_of
 from pipelines.errors import Failed, Refused
 from pipelines.export import export_parquet
-from pipelines.feed import as_seen, to_batch
+from pipelines.feed import as_seen, columns_of, to_batch
 from pipelines.manifest import Manifest, ShardRecord, Units, describe, is_finished, load_manifest, save_manifest
 from pipelines.parts import Part, Record, run_parts
 from pipelines.recipe import Batch
-from pipelines.shards import ShardReader, ShardWriter, tensor_array, values_of
+from pipelines.shards import ShardReader, ShardWriter
 from pipelines.trained import Trained
 
 CODES = "codes"
@@ -134,6 +136,7 @@ def seen_batches(reader: ShardReader, shard: int, split: str) -> Iterator[tuple[
 def _encode_shard(shards: str, split: str, out: str, shard: int, payload: None, model: Trained) -> Record:
     reader = ShardReader(shards)
     kind = smallest_integer(max(size for size, _ in model.recipe.codebooks(model.settings)))
+    ragged = bool(_ragged(reader.manifest)) and any(pa.types.is_list(item.type) for item in reader.schema)
     writer: ShardWriter | None = None
     for batch, lost, stored in seen_batches(reader, shard, split):
         if lost:
@@ -141,11 +144,11 @@ def _encode_shard(shards: str, split: str, out: str, shard: int, payload: None, 
             raise Failed(f"{lost} rows of {name} hold values that are not finite, so they have no codes.")
         with torch.inference_mode():
             codes = model.recipe.encode(model.model, batch)
-        field = pa.field("codes", pa.fixed_shape_tensor(kind, list(codes.shape[1:])))
-        schema = pa.schema([field], metadata={"bundle_digest": model.digest})
-        writer = writer or ShardWriter(out, shard, schema)
-        column = tensor_array(codes.cpu().numpy().astype(kind.to_pandas_dtype()), field.type)
-        writer.write(pa.RecordBatch.from_arrays([column], schema=schema), stored["split"], stored["row_id"])
+        small = torch.from_numpy(codes.cpu().numpy().astype(kind.to_pandas_dtype()))
+        made = batch_from({"codes": small}, {"codes": _lengths(batch.columns, codes)} if ragged else {})
+        made = made.replace_schema_metadata({"bundle_digest": model.digest})
+        writer = writer or ShardWriter(out, shard, made.schema)
+        writer.write(made, stored["split"], stored["row_id"])
     return {"shards": [asdict(record) for record in writer.close()] if writer else []}
 
 
@@ -155,21 +158,50 @@ def _decode_shard(
     reader = ShardReader(codes)
     corpus = corpora.load(made_from["kind"])
     settings = corpus.Settings.model_validate(made_from["settings"])
+    ragged = [name for name, shape in corpus.shapes(settings).items() if shape is None]
+    tail = tail_of(reader.schema.field("codes"))
     writer: ShardWriter | None = None
     for rows in reader.batches(shard, ROWS_AT_ONCE):
         stored = values_of(rows)
+        found = torch.from_numpy(stored["codes"]) if tail is None else padded(stored["codes"], tail, fill=-1)[0]
+        found = found.to(torch.int64)
         with torch.inference_mode():
-            columns = model.recipe.decode(model.model, torch.from_numpy(stored["codes"].astype(np.int64)))
+            columns = model.recipe.decode(model.model, found)
         if files:
             corpus.write_files(columns, [str(row) for row in stored["row_id"]], out, settings)
             continue
-        arrays = {name: column.cpu().numpy() for name, column in columns.items()}
-        types = {n: pa.fixed_shape_tensor(pa.from_numpy_dtype(a.dtype), list(a.shape[1:])) for n, a in arrays.items()}
-        schema = pa.schema(list(types.items()))
-        writer = writer or ShardWriter(out, shard, schema)
-        made = [tensor_array(array, types[name]) for name, array in arrays.items()]
-        writer.write(pa.RecordBatch.from_arrays(made, schema=schema), stored["split"], stored["row_id"])
+        made = _trimmed(columns, ragged, found)
+        writer = writer or ShardWriter(out, shard, made.schema)
+        writer.write(made, stored["split"], stored["row_id"])
     return {"shards": [asdict(record) for record in writer.close()] if writer else []}
+
+
+def _trimmed(columns: dict[str, Tensor], ragged: Collection[str], codes: Tensor) -> pa.RecordBatch:
+    """Decoded columns as they are stored: ragged ones without what they were filled up with, and without masks."""
+    lengths = {name: _lengths(columns, codes, columns[name].shape[1]) for name in ragged if name in columns}
+    return batch_from({name: column for name, column in columns.items() if column.dtype != torch.bool}, lengths)
+
+
+def _lengths(columns: Mapping[str, Tensor], codes: Tensor, most: int | None = None) -> Tensor:
+    """How many of `most` (default: of the codes' L) places of each row are real, [B].
+
+    A mask [B, L] among the columns says so; without one what has codes is real, or all where codes have another L.
+    """
+    most = codes.shape[1] if most is None else most
+    real = codes != -1 if codes.dim() == 2 else (codes != -1).flatten(2).any(2)
+    if real.shape[1] != most:
+        real = torch.ones(len(codes), most, dtype=torch.bool)
+    for name, column in columns.items():
+        if name.endswith("_mask") and column.dtype == torch.bool and column.shape == real.shape:
+            real = column
+    # The last real place: what is masked before it is a gap, such as a residue without coordinates.
+    places = real * torch.arange(1, most + 1, device=real.device)
+    return torch.nn.functional.pad(places, (1, 0)).amax(1)
+
+
+def _ragged(manifest: Manifest) -> list[str]:
+    """Columns a recipe sees whose rows differ in shape."""
+    return [name for name, shape in columns_of(manifest).items() if shape is None]
 
 
 def _finish(

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from pipelines import corpora
+from pipelines.columns import values_of
+from pipelines.errors import Refused
+from pipelines.groups import GroupPlan
 from pipelines.manifest import Manifest
 from pipelines.plan import Plan
 from pipelines.recipe import Batch, Settings, Stage
-from pipelines.shards import ShardReader, values_of
+from pipelines.shards import ShardReader
 from vqcore.reduction import resolve
 
 
@@ -23,15 +26,21 @@ def columns_of(manifest: Manifest) -> dict[str, list[int] | None]:
     return corpus.shapes(corpus.Settings.model_validate(manifest.settings))
 
 
-def to_batch(columns: Mapping[str, Tensor], row_ids: np.ndarray, mask: np.ndarray) -> tuple[Batch, int]:
-    """(batch, number of rows left out because a value was not finite). Left-out and masked rows become zeros."""
+def to_batch(
+    columns: Mapping[str, Tensor], row_ids: np.ndarray, mask: np.ndarray, group_size: int = 1
+) -> tuple[Batch, int]:
+    """(batch, number of rows left out because a value was not finite). Left-out and masked rows become zeros.
+
+    A masked row keeps its values where another of its group is not masked: it fills that group up.
+    """
     valid = torch.from_numpy(mask)
-    finite = valid.clone()
+    finite = torch.ones_like(valid)
     for column in columns.values():
         if column.is_floating_point():
             finite &= column.flatten(1).isfinite().all(1) if column.dim() > 1 else column.isfinite()
-    clean = {name: _zeroed(column, finite) for name, column in columns.items()}
-    return Batch(clean, finite, torch.from_numpy(row_ids)), int((valid & ~finite).sum())
+    shown = valid.view(-1, group_size).any(1).repeat_interleave(group_size)
+    clean = {name: _zeroed(column, shown & finite) for name, column in columns.items()}
+    return Batch(clean, valid & finite, torch.from_numpy(row_ids)), int((valid & ~finite).sum())
 
 
 def _zeroed(column: Tensor, keep: Tensor) -> Tensor:
@@ -45,7 +54,7 @@ class Source:
     """This worker's share of every global batch of one stage."""
 
     reader: ShardReader
-    rows: Plan
+    rows: Plan | GroupPlan
     double: bool
     device: torch.device
 
@@ -54,7 +63,7 @@ class Source:
         reduce = resolve(None)
         ordinals, mask = self.rows.at(step, reduce.rank, reduce.world)
         columns, row_ids = read_columns(self.reader, "train", ordinals)
-        batch, lost = to_batch(columns, row_ids, mask)
+        batch, lost = to_batch(columns, row_ids, mask, self.rows.group_size)
         return move(batch, self.device, torch.float64 if self.double else None), lost
 
     def epoch(self) -> Iterator[Batch]:
@@ -65,13 +74,16 @@ class Source:
 
 def read_columns(reader: ShardReader, split: str, ordinals: np.ndarray) -> tuple[dict[str, Tensor], np.ndarray]:
     """Columns as a recipe sees them, and row ids, of the given rows of a split."""
-    return as_seen(reader.manifest, reader.take(split, ordinals))
+    return _seen(reader.manifest, reader.values(split, ordinals))
 
 
 def as_seen(manifest: Manifest, rows: pa.RecordBatch) -> tuple[dict[str, Tensor], np.ndarray]:
     """Stored rows as the columns a recipe sees, and their row ids."""
+    return _seen(manifest, values_of(rows))
+
+
+def _seen(manifest: Manifest, stored: dict[str, Any]) -> tuple[dict[str, Tensor], np.ndarray]:
     corpus = corpora.load(manifest.kind)
-    stored = values_of(rows)
     return corpus.tensors(stored, corpus.Settings.model_validate(manifest.settings)), stored["row_id"]
 
 
@@ -93,11 +105,20 @@ class Feed:
     reader: ShardReader
 
     def open(self, spec: Any, settings: Settings, stage: Stage, device: torch.device) -> Source:
-        rows = Plan(
-            rows=self.reader.rows("train"),
-            batch=settings.batch_size,
-            lanes=spec.lanes,
-            seed=spec.seed,
-            row_order=stage.row_order,
-        )
+        how = (settings.batch_size, spec.lanes, spec.seed, stage.row_order)
+        rows: Plan | GroupPlan
+        if stage.grouping is None:
+            rows = Plan(self.reader.rows("train"), *how)
+        else:
+            rows = GroupPlan(self._values(stage.grouping.column), stage.grouping.size, *how)
         return Source(self.reader, rows, spec.double, device)
+
+    def _values(self, column: str) -> np.ndarray:
+        """A number for each value of a column, in the order of the train split."""
+        if column not in self.reader.schema.names:
+            raise Refused(
+                f"rows are grouped by the column {column!r}, which {self.reader.uri} does not have; "
+                f"it has {', '.join(self.reader.schema.names)}."
+            )
+        found = self.reader.take("train", np.arange(self.reader.rows("train")), [column]).column(0)
+        return found.dictionary_encode().indices.to_numpy(zero_copy_only=False)

@@ -4,19 +4,19 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
 from pipelines import cluster, corpora, recipe, registry, storage
+from pipelines.accounts import in_bytes, kept_of, looked_at, summary, too_bad, write_quarantine, write_sources
 from pipelines.claims import claim
-from pipelines.corpora import CorpusSettings, Slice, Survey
+from pipelines.corpora import Corpus, CorpusSettings, Slice, Survey
 from pipelines.errors import Failed, Refused
 from pipelines.export import export_parquet
 from pipelines.manifest import (
-    SPLITS,
     Manifest,
     ShardRecord,
     Units,
@@ -29,11 +29,10 @@ from pipelines.options import validated
 from pipelines.parts import Part, Record, run_parts
 from pipelines.reading import Selection, read_part
 from pipelines.shards import check_holdout
+from pipelines.tables import record_of, write_tables
 from vqcore.bundle import read_card
 
 REQUEST = "ingest.json"
-SOURCES = "sources.arrow"
-QUARANTINE = "quarantine.arrow"
 MOST_PART_BYTES = 256 * 2**20
 LEAST_PART_BYTES = 4 * 2**20
 MOST_PART_SLICES = 16_384
@@ -61,10 +60,16 @@ def prepared_by(
 ) -> tuple[str, CorpusSettings]:
     """The corpus kind and its settings: a kind's own, a recipe's kind, or how the data of a bundle was prepared."""
     if bundle is not None:
-        if overrides:
-            raise Refused("--bundle takes the preparation from the card; leave --set out, or use --corpus.")
         made = read_card(registry.local_bundle(bundle))["corpus"]
-        return made["kind"], corpora.load(made["kind"]).Settings.model_validate(made["settings"])
+        settings = corpora.load(made["kind"]).Settings
+        places = sorted(name for name, info in settings.model_fields.items() if info.exclude)
+        if not_places := sorted(overrides.keys() - places):
+            also = f" but for where things lie ({', '.join(places)})" if places else ""
+            raise Refused(
+                f"--bundle takes the preparation from the card{also}; leave --set {', '.join(not_places)} out, "
+                "or use --corpus."
+            )
+        return made["kind"], validated(settings, {**made["settings"], **overrides}, f"corpus {made['kind']!r}")
     kind = corpus if corpus is not None else recipe.load(recipe_name or "").corpus[0]
     return kind, validated(corpora.load(kind).Settings, overrides, f"corpus {kind!r}")
 
@@ -98,6 +103,7 @@ def ingest(
     _check_request(sources, out, limit, max_bad_fraction, holdout)
     corpus = corpora.load(kind)
     survey = corpus.survey(list(sources), settings)
+    settings = settings.model_copy(update=survey.settings)
     units = sum(piece.stop - piece.start for piece in survey.slices)
     if not units:
         raise Refused(
@@ -116,18 +122,36 @@ def ingest(
     claim(out, REQUEST, request, "an ingest")
     if not skipped:
         selection = Selection(units, limit, holdout)
+        if corpus.prepare:
+            survey = corpus.prepare(survey, settings, selection.wanted, selection.split_of)
         work = partial(read_part, corpus, settings, survey.context, selection, out)
         check = _StopIfHopeless(max_bad_fraction * selection.wanted_before(units), out)
-        found = run_parts(_cut(survey.slices), work, out, label="ingest", unit="units", check=check)
-        _finish(kind, corpus.schema(settings), request, survey, found, max_bad_fraction, out)
+        tables = _side_tables(corpus, sources, settings, max_bad_fraction, out)
+        setup = partial(corpus.setup, settings) if corpus.setup else None
+        gpus = corpus.gpus(settings) if setup else 0
+        parts = _cut(survey.slices)
+        files, size = len({piece.name for piece in survey.slices}), sum(piece.bytes for piece in survey.slices)
+        _tell(f"{units} units in {files} files ({in_bytes(size)}), {len(parts)} parts")
+        found = run_parts(
+            parts,
+            work,
+            out,
+            label="ingest",
+            unit="units",
+            setup=setup,
+            actors=setup is not None,
+            gpus=gpus,
+            check=check,
+        )
+        _finish(kind, corpus.schema(settings), request, survey, found, tables, max_bad_fraction, out)
     manifest = load_manifest(out)
     if parquet:
         export_parquet(out)
-    _tell(_summary(manifest))
+    _tell(summary(manifest, out))
     return IngestResult(
         out,
         manifest.digest,
-        manifest.units.kept,
+        manifest.rows(),
         manifest.units.quarantined,
         manifest.units.filtered,
         skipped,
@@ -168,10 +192,17 @@ def _cut(slices: Sequence[Slice]) -> list[Part]:
         if not parts or size + piece.bytes > target or len(parts[-1]) == MOST_PART_SLICES:
             parts.append([])
             size = 0
-        parts[-1].append([first, asdict(piece)])
+        parts[-1].append([first, dict(vars(piece))])
         size += piece.bytes
         first += piece.stop - piece.start
-    return [Part(sum(piece["stop"] - piece["start"] for _, piece in part), part) for part in parts]
+    return [
+        Part(sum(piece["stop"] - piece["start"] for _, piece in part), part, _named(part[0][1], part[-1][1]))
+        for part in parts
+    ]
+
+
+def _named(first: dict[str, Any], last: dict[str, Any]) -> str:
+    return f"{first['name']} unit {first['start']} to {last['name']} unit {last['stop'] - 1}"
 
 
 class _StopIfHopeless:
@@ -186,8 +217,24 @@ class _StopIfHopeless:
         self.records.append(record)
         self.bad += len(record["bad"])
         if self.bad > self.allowed:
-            _write_quarantine(self.records, self.out)
-            raise Failed(_too_bad(self.records, self.out))
+            write_quarantine(self.records, self.out)
+            raise Failed(too_bad(self.records, looked_at(self.records), "units", self.out))
+
+
+def _side_tables(
+    corpus: Corpus, sources: list[str], settings: CorpusSettings, max_bad_fraction: float, out: str
+) -> list[Record]:
+    """The corpus's further tables, written and checked before the parts, which take longer."""
+    if corpus.tables is None:
+        return []
+    records = write_tables(corpus.tables(sources, settings), out)
+    for record in records:
+        units = record["units"]
+        looked = units["kept"] + units["quarantined"]
+        if units["quarantined"] > max_bad_fraction * looked:
+            write_quarantine(records, out)
+            raise Failed(too_bad([record], looked, f"rows of the table {record['name']!r}", out))
+    return records
 
 
 def _finish(
@@ -196,76 +243,37 @@ def _finish(
     request: dict[str, Any],
     survey: Survey,
     records: list[Record],
+    tables: list[Record],
     max_bad_fraction: float,
     out: str,
 ) -> None:
-    """Side tables, checks over all parts, and the manifest that makes it all exist."""
-    _write_quarantine(records, out)
+    """Checks over all parts, and the manifest that makes it all exist."""
+    write_quarantine([*records, *tables], out)
     bad = sum(len(record["bad"]) for record in records)
     shards = tuple(ShardRecord(**shard) for record in records for shard in record["shards"])
-    kept = sum(shard.rows for shard in shards)
+    kept = kept_of(records)
     if bad > max_bad_fraction * (kept + bad):
-        raise Failed(_too_bad(records, out))
+        raise Failed(too_bad(records, kept + bad, "units", out))
     filtered: Counter[str] = Counter(survey.ignored)
     for record in records:
         filtered.update(record["filtered"])
     if not kept:
         raise Failed(f"not one row was kept: {bad} units were bad, and left out were {dict(filtered) or 'none'}.")
-    read = [row for record in records for row in record["sources"]]
-    names = ("name", "start", "stop", "kept", "quarantined", "fingerprint")
+    # Of what the survey counted, so that a unit that nobody accounted for is noticed.
+    looked = sum(piece.stop - piece.start for piece in survey.slices) + sum(survey.ignored.values())
     manifest = Manifest(
         kind=kind,
         settings=request["settings"],
         selection={"limit": request["limit"], "holdout": request["holdout"]},
         columns=describe(schema),
         shards=shards,
-        units=Units(kept + bad + filtered.total(), kept, bad, dict(filtered)),
-        sources=_write_table(read, names, storage.join(out, SOURCES)),
+        units=Units(looked, kept, bad, dict(filtered)),
+        sources=write_sources(records, out),
         context=survey.context,
+        tables=tuple(record_of(table) for table in tables),
     )
     storage.remove_staged(out)
     save_manifest(manifest, out)
-
-
-def _write_quarantine(records: list[Record], out: str) -> None:
-    # Its digest stays out of the manifest: a reason may quote a path or a library's version.
-    rows = [row for record in records for row in record["bad"]]
-    _write_table(rows, ("source", "unit", "reason"), storage.join(out, QUARANTINE))
-    if rows:
-        _tell(f"{len(rows)} units are quarantined in {storage.join(out, QUARANTINE)}; commonest: {_reasons(records)}")
-
-
-def _write_table(rows: list[list[Any]], names: Sequence[str], uri: str) -> str:
-    """Rows as one Arrow IPC file; its sha256."""
-    numbers = {"unit", "start", "stop", "kept", "quarantined"}
-    schema = pa.schema([(name, pa.int64() if name in numbers else pa.string()) for name in names])
-    columns = [pa.array([row[index] for row in rows], item.type) for index, item in enumerate(schema)]
-    with storage.writing(uri) as staged:
-        with pa.OSFile(str(staged), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-        return storage.sha256_of_file(staged)
-
-
-def _reasons(records: list[Record]) -> str:
-    counts = Counter(reason for record in records for _, _, reason in record["bad"])
-    return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
-
-
-def _too_bad(records: list[Record], out: str) -> str:
-    bad = sum(len(record["bad"]) for record in records)
-    looked = bad + sum(shard["rows"] for record in records for shard in record["shards"])
-    return (
-        f"{bad} of {looked} units looked at could not be read ({bad / looked:.1%}), more than max_bad_fraction allows: "
-        f"{_reasons(records)}. They are listed in {storage.join(out, QUARANTINE)}. "
-        "Mend the sources and use a new --out, or run this again with a larger --max-bad-fraction; what was made stays."
-    )
-
-
-def _summary(manifest: Manifest) -> str:
-    units = manifest.units
-    left_out = "".join(f", {count} left out ({reason})" for reason, count in sorted(units.filtered.items()))
-    splits = ", ".join(f"{split} {manifest.rows(split)}" for split in SPLITS)
-    return f"{units.read} units: {units.kept} rows ({splits}), {units.quarantined} quarantined{left_out}"
 
 
 def _tell(line: str) -> None:

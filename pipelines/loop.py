@@ -180,7 +180,7 @@ def _one_step(
         for group in trainee.groups.values():
             for parameter in group:
                 parameter.grad = None
-        for micro in _micro_batches(batch, spec.micro_batches):
+        for micro in _micro_batches(batch, spec.micro_batches, stage.grouping.size if stage.grouping else 1):
             losses = stage.losses(model, micro, share)
             _backward(losses, trainee.groups)
             watch.add(losses)
@@ -206,8 +206,9 @@ def _sum_counts(counts: dict[str, int], non_finite: int, device: torch.device, w
     return Share(reduce.world, dict(zip(counts, values[:-1], strict=True))), int(values[-1])
 
 
-def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
-    size = -(-len(batch.mask) // count)
+def _micro_batches(batch: Batch, count: int, together: int) -> Iterator[Batch]:
+    """At most `count` pieces; rows that are read together stay together."""
+    size = -(-(len(batch.mask) // together) // count) * together
     for low in range(0, len(batch.mask), size):
         cut = slice(low, low + size)
         columns = {name: column[cut] for name, column in batch.columns.items()}

@@ -14,10 +14,12 @@ from pipelines.claims import NAMES as REQUESTS
 from pipelines.errors import Refused
 
 FORMAT = "vqray-shards"
-VERSION = 1
+VERSIONS = (1, 2)
+"""2 has side tables as well. What has none is written as 1, so digests made before there were any stay true."""
 NAME = "manifest.json"
 SPLITS = ("train", "valid", "test")
 """The values 0, 1, 2 of the `split` column."""
+TABLE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 SHARD_NAME = re.compile(r"shard-\d{5,}-\d{3,}\.arrow")
 
 
@@ -26,7 +28,8 @@ class Column:
     """One column of the shards, without the platform's own row_id and split."""
 
     type: str
-    """For tensors and numbers NumPy's element type (`float16`); else Arrow's (`list<item: float>`)."""
+    """For tensors and numbers the element type in NumPy's words (`float16`, and `bfloat16`); else Arrow's
+    (`list<item: float>`)."""
     shape: tuple[int, ...] | None
     """Shape of one row's value where it is fixed (() for a number); None for text, bytes and lists."""
 
@@ -50,6 +53,7 @@ class Units:
 
     read: int
     kept: int
+    """Units that are in the rows. Shards count rows: a unit may have many (a document's tokens)."""
     quarantined: int
     filtered: dict[str, int]
     """Named setting or reason (`limit`, `other files`) -> units left out because of it."""
@@ -60,6 +64,22 @@ class Units:
             raise RuntimeError(
                 f"{self.read} units read, but {accounted} kept, quarantined or filtered: some were lost."
             )
+
+
+@dataclass(frozen=True)
+class TableRecord:
+    """One side table, kept as `<name>.arrow` beside the manifest."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+    units: Units
+    """Its own: they are not in the manifest's."""
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.arrow"
 
 
 @dataclass(frozen=True)
@@ -83,6 +103,8 @@ class Manifest:
     """What it was made from: name (`shards`, `bundle`) -> digest. Empty after an ingest."""
     context: dict[str, Any] = field(default_factory=dict)
     """JSON values the corpus shares between rows, such as class names."""
+    tables: tuple[TableRecord, ...] = ()
+    """Further tables of the corpus, such as the log beside its items."""
 
     @property
     def digest(self) -> str:
@@ -102,12 +124,15 @@ def check_split(split: str) -> None:
 
 def describe(schema: pa.Schema) -> dict[str, Column]:
     """Arrow schema -> what a manifest says of it."""
-    return {item.name: _column(item.type) for item in schema}
+    return {item.name: _column(item) for item in schema}
 
 
 def to_json(manifest: Manifest) -> dict[str, Any]:
     """What is written and digested; the digest itself is added by `save_manifest`."""
-    return {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    content = {"format": FORMAT, "version": 2 if manifest.tables else 1, **asdict(manifest)}
+    if not manifest.tables:
+        del content["tables"]
+    return content
 
 
 def save_manifest(manifest: Manifest, uri: str) -> None:
@@ -144,10 +169,10 @@ def from_json(value: Any, where: str) -> Manifest:
     if not isinstance(value, Mapping) or value.get("format") != FORMAT:
         found = value.get("format") if isinstance(value, Mapping) else type(value).__name__
         raise Refused(f"{where} is not a {FORMAT} manifest (format: {found!r}).")
-    if value.get("version") != VERSION:
+    if value.get("version") not in VERSIONS:
         raise Refused(
-            f"{where} has format version {value.get('version')!r}; this vqray reads version {VERSION}. "
-            "Read it with the vqray that wrote it, or ingest again."
+            f"{where} has format version {value.get('version')!r}; this vqray reads "
+            f"{' and '.join(map(str, VERSIONS))}. Read it with the vqray that wrote it, or ingest again."
         )
     content = {name: item for name, item in value.items() if name != "digest"}
     found = hashlib.sha256(storage.canonical_json(content)).hexdigest()
@@ -158,7 +183,7 @@ def from_json(value: Any, where: str) -> Manifest:
     try:
         return _parsed(content)
     except (KeyError, TypeError, AttributeError) as error:
-        raise Refused(f"{where} is not a version {VERSION} manifest: {error!r}.") from None
+        raise Refused(f"{where} is not a version {value['version']} manifest: {error!r}.") from None
 
 
 def _parsed(content: dict[str, Any]) -> Manifest:
@@ -172,12 +197,18 @@ def _parsed(content: dict[str, Any]) -> Manifest:
         name: Column(column["type"], None if column["shape"] is None else tuple(column["shape"]))
         for name, column in fields.pop("columns").items()
     }
-    return Manifest(shards=shards, columns=columns, units=Units(**fields.pop("units")), **fields)
+    tables = tuple(TableRecord(**{**table, "units": Units(**table["units"])}) for table in fields.pop("tables", ()))
+    for table in tables:
+        if not TABLE_NAME.fullmatch(table.name):
+            raise TypeError(f"table name {table.name!r}")
+    return Manifest(shards=shards, columns=columns, units=Units(**fields.pop("units")), tables=tables, **fields)
 
 
-def _column(kind: pa.DataType) -> Column:
+def _column(item: pa.Field) -> Column:
+    kind = item.type
     if isinstance(kind, pa.FixedShapeTensorType):
-        return Column(_numpy_name(kind.value_type), tuple(kind.shape))
+        said = (item.metadata or {}).get(b"dtype")
+        return Column(said.decode() if said else _numpy_name(kind.value_type), tuple(kind.shape))
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
         return Column(_numpy_name(kind), ())
     return Column(str(kind), None)

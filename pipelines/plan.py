@@ -38,6 +38,9 @@ def lanes_for(batch: int, max_workers: int) -> int:
 class Plan:
     """The rows of every step of every epoch. Ordinals count within the split."""
 
+    group_size = 1
+    """Rows that are read together; see `pipelines.groups`."""
+
     def __init__(
         self, rows: int, batch: int, lanes: int, seed: int, row_order: Literal["shuffled", "sequential"] = "shuffled"
     ) -> None:
@@ -115,16 +118,18 @@ class Plan:
     def _walk_blocks(self, epoch: int, lane: int) -> tuple[npt.NDArray[np.int64], int]:
         """The order of a lane's blocks, and the turn of the last one."""
         start, stop = self.span(lane)
-        walk = self._permutation((stop - start + BLOCK - 1) // BLOCK, epoch, lane, 0)
+        walk = permutation((stop - start + BLOCK - 1) // BLOCK, self.seed, lane, epoch, 0)
         return walk, int(np.argmax(walk))
 
     def _shuffle_block(self, epoch: int, lane: int, block: int) -> npt.NDArray[np.int64]:
         start, stop = self.span(lane)
-        return self._permutation(min(BLOCK, stop - start - block * BLOCK), epoch, lane, block + 1)
+        return permutation(min(BLOCK, stop - start - block * BLOCK), self.seed, lane, epoch, block + 1)
 
-    def _permutation(self, n: int, epoch: int, lane: int, purpose: int) -> npt.NDArray[np.int64]:
-        # Raw Philox output and a stable sort: NumPy promises the stream of bit generators, not that of `permutation`,
-        # and a run must resume in the same order under a later NumPy.
-        key = np.array([self.seed % 2**64, lane], np.uint64)
-        bits = np.random.Philox(key=key, counter=np.array([0, 0, purpose, epoch], np.uint64))
-        return np.argsort(bits.random_raw(n), kind="stable")
+
+def permutation(n: int, seed: int, lane: int, epoch: int, purpose: int) -> npt.NDArray[np.int64]:
+    """A seeded order of n things, another one for every lane (or what else has a number), epoch and purpose."""
+    # Raw Philox output and a stable sort: NumPy promises the stream of bit generators, not that of `permutation`,
+    # and a run must resume in the same order under a later NumPy.
+    key = np.array([seed % 2**64, lane], np.uint64)
+    bits = np.random.Philox(key=key, counter=np.array([0, 0, purpose, epoch], np.uint64))
+    return np.argsort(bits.random_raw(n), kind="stable")

@@ -2,18 +2,20 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from pipelines.corpora import NOT_TEST, Bad, Corpus, CorpusSettings, Filtered, Row, Slice
+from pipelines.columns import batch_of
+from pipelines.corpora import NOT_TEST, Bad, Corpus, CorpusSettings, Filtered, Joined, Row, Slice
 from pipelines.errors import Failed
 from pipelines.manifest import SPLITS
 from pipelines.parts import Record
-from pipelines.shards import ShardWriter, batch_of, split_of
+from pipelines.shards import ShardWriter, split_of
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 16 * 2**20
@@ -33,6 +35,18 @@ class Selection:
         """Whether unit `unit` of all is taken: `limit` of them, spread evenly."""
         return self.wanted_before(unit + 1) > self.wanted_before(unit)
 
+    def split_of(self, group: str, official: str | None) -> str:
+        """train, valid or test for rows of a group; an official split wins over its hash."""
+        if official is None:
+            return split_of(group, self.holdout)
+        if official == NOT_TEST:
+            return "valid" if split_of(group, self.holdout) == "valid" else "train"
+        return official
+
+    def wanted_from(self, first: int) -> Callable[[int], bool]:
+        """`wanted` for the units of a slice whose first one is `first` of all."""
+        return lambda unit: self.wanted(first + unit)
+
     def wanted_before(self, unit: int) -> int:
         """How many of the units [0, unit) are taken."""
         if self.limit is None or self.limit >= self.units:
@@ -49,97 +63,118 @@ def read_part(
     out: str,
     part: int,
     payload: list[Any],
+    *shared: Any,
 ) -> Record:
     """Read the slices of one part ([number of the first unit, slice fields] each) and write its shards to `out`.
 
+    Args:
+        shared: what the corpus's setup made, where it has one.
+
     Returns:
-        shards; bad: [source, unit, reason]; filtered: setting -> count; sources: [name, start, stop, kept, quarantined,
-        fingerprint of all units' fingerprints].
+        shards; bad: [source, unit, reason]; filtered: setting -> count; sources: [name, start, stop, units kept,
+        quarantined, fingerprint of all units' fingerprints].
     """
-    account = _Account()
     schema = corpus.schema(settings)
-    with ShardWriter(out, part, schema) as writer:
+    accounts: list[_Account] = []
+
+    def units() -> Iterator[_Unit]:
         for first, fields in payload:
             piece = Slice(**fields)
-            account.open(piece)
-            units = _units(corpus, settings, context, selection, first, piece, account)
-            for some in _grouped(units):
-                batch, good = _fitting(some, schema, piece, account)
-                splits = np.array([SPLITS.index(_split(row, selection.holdout, piece)) for row in good], np.int8)
-                writer.write(batch, splits)
-                account.kept += len(good)
-            account.close(piece)
+            accounts.append(_Account(piece))
+            found = corpus.read(piece, context, settings, selection.wanted_from(first), *shared)
+            yield from _units(found, selection, first, piece, accounts[-1])
+
+    with ShardWriter(out, part, schema) as writer:
+        # Over the ends of slices: a slice may be one small file, and a batch of one row costs as much as its decoding.
+        for some in _grouped(units()):
+            batch, good = _fitting(some, schema)
+            rows = [(row, unit.account.piece) for unit in good for row in unit.rows]
+            splits = np.array([SPLITS.index(_split(row, selection, piece)) for row, piece in rows], np.int8)
+            writer.write(batch, splits)
+            for unit in good:
+                unit.account.kept += 1
     return {
         "shards": [asdict(record) for record in writer.records],
-        "bad": account.bad,
-        "filtered": dict(account.filtered),
-        "sources": account.sources,
+        "bad": [row for account in accounts for row in sorted(account.bad, key=itemgetter(1))],
+        "filtered": dict(sum((account.filtered for account in accounts), Counter())),
+        "sources": [account.source() for account in accounts],
     }
 
 
 class _Account:
-    """What became of the units of a part, slice by slice."""
+    """What became of the units of one slice."""
 
-    def __init__(self) -> None:
+    def __init__(self, piece: Slice) -> None:
+        self.piece = piece
+        self.kept = 0
         self.bad: list[list[Any]] = []
         self.filtered: Counter[str] = Counter()
-        self.sources: list[list[Any]] = []
-
-    def open(self, piece: Slice) -> None:
-        self.kept = 0
-        self.bad_before = len(self.bad)
         self.hash = hashlib.blake2b(digest_size=16)
 
-    def close(self, piece: Slice) -> None:
-        name, quarantined = _text(piece.name), len(self.bad) - self.bad_before
-        self.sources.append([name, piece.start, piece.stop, self.kept, quarantined, self.hash.hexdigest()])
+    def source(self) -> list[Any]:
+        piece = self.piece
+        return [_text(piece.name), piece.start, piece.stop, self.kept, len(self.bad), self.hash.hexdigest()]
 
     def quarantine(self, source: str, unit: int, reason: str) -> None:
         self.bad.append([_text(source), unit, _text(reason)[:REASON_CHARS]])
 
 
+class _Unit(NamedTuple):
+    """A good unit: its rows, and whose it is."""
+
+    account: _Account
+    number: int
+    """Within its slice."""
+    rows: list[Row]
+
+
 def _units(
-    corpus: Corpus,
-    settings: CorpusSettings,
-    context: Mapping[str, Any],
+    found: Iterable[tuple[int, Row | list[Row] | Bad | Filtered | Joined, bytes]],
     selection: Selection,
     first: int,
     piece: Slice,
     account: _Account,
-) -> Iterator[tuple[int, Row]]:
-    """The good units of a slice; the others are accounted for here, and so is every unit that did not come."""
+) -> Iterator[_Unit]:
+    """The good units of a slice. The others are accounted for here, and so are those that did not come."""
     count = piece.stop - piece.start
     expected = selection.wanted_before(first + count) - selection.wanted_before(first)
     last, came = -1, 0
-    for unit, found, fingerprint in corpus.read(piece, context, settings, lambda unit: selection.wanted(first + unit)):
+    for unit, row, fingerprint in found:
         if not last < unit < count or not selection.wanted(first + unit):
             raise Failed(
                 f"{piece.name}: its corpus gave unit {unit} after {last} of {count}; it was not asked for there."
             )
         last, came = unit, came + 1
         account.hash.update(b"%d %d " % (unit, len(fingerprint)) + fingerprint)
-        if isinstance(found, Bad):
-            account.quarantine(found.source, piece.start + unit, found.reason)
-        elif isinstance(found, Filtered):
-            account.filtered[found.setting] += 1
+        if isinstance(row, Bad):
+            account.quarantine(row.source, piece.start + unit, row.reason)
+        elif isinstance(row, Filtered):
+            account.filtered[row.setting] += 1
+        elif isinstance(row, Joined):
+            account.kept += 1
+        elif isinstance(row, Row):
+            yield _Unit(account, unit, [row])
+        elif row:
+            yield _Unit(account, unit, row)
         else:
-            yield unit, found
+            raise Failed(f"{piece.name}: its corpus gave unit {unit} without a row and without saying why.")
     if came != expected:
         raise Failed(f"{piece.name}: its corpus gave {came} of {expected} units without saying why; none may vanish.")
     if count > expected:
         account.filtered["limit"] += count - expected
 
 
-def _grouped(units: Iterable[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
-    """Groups of rows that are worth a record batch and fit into memory."""
-    waiting: list[tuple[int, Row]] = []
-    size = 0
-    for unit, row in units:
-        waiting.append((unit, row))
-        size += sum(_weight(value) for value in row.values.values())
-        if len(waiting) == BATCH_ROWS or size >= BATCH_BYTES:
+def _grouped(units: Iterable[_Unit]) -> Iterator[list[_Unit]]:
+    """Groups of whole units that are worth a record batch and, but for a unit of very many rows, fit into memory."""
+    waiting: list[_Unit] = []
+    count, size = 0, 0
+    for unit in units:
+        waiting.append(unit)
+        count += len(unit.rows)
+        size += sum(_weight(value) for row in unit.rows for value in row.values.values())
+        if count >= BATCH_ROWS or size >= BATCH_BYTES:
             yield waiting
-            waiting, size = [], 0
+            waiting, count, size = [], 0, 0
     if waiting:
         yield waiting
 
@@ -147,38 +182,38 @@ def _grouped(units: Iterable[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]
 def _weight(value: Any) -> int:
     if isinstance(value, np.ndarray):
         return value.nbytes
-    return len(value) if isinstance(value, bytes | str) else 8
+    if isinstance(value, bytes | str):
+        return len(value)
+    return 8 * len(value) if isinstance(value, list | tuple) else 8
 
 
-def _fitting(
-    rows: list[tuple[int, Row]], schema: pa.Schema, piece: Slice, account: _Account
-) -> tuple[pa.RecordBatch, list[Row]]:
-    """The rows whose values fit their columns. Others are quarantined: data must not be able to kill a job."""
-    good = [row for _, row in rows]
+def _fitting(units: list[_Unit], schema: pa.Schema) -> tuple[pa.RecordBatch, list[_Unit]]:
+    """The units whose values fit their columns. Others are quarantined: data must not be able to kill a job."""
     try:
-        return batch_of([row.values for row in good], schema), good
+        return _batch(units, schema), units
     except Failed:
-        good = [row for unit, row in rows if _fits(row, schema, piece, unit, account)]
-    return batch_of([row.values for row in good], schema), good
+        good = [unit for unit in units if _fits(unit, schema)]
+    return _batch(good, schema), good
 
 
-def _fits(row: Row, schema: pa.Schema, piece: Slice, unit: int, account: _Account) -> bool:
+def _fits(unit: _Unit, schema: pa.Schema) -> bool:
     try:
-        batch_of([row.values], schema)
+        _batch([unit], schema)
     except Failed as error:
-        account.quarantine(piece.name, piece.start + unit, str(error))
+        piece = unit.account.piece
+        unit.account.quarantine(piece.name, piece.start + unit.number, str(error))
         return False
     return True
 
 
-def _split(row: Row, holdout: float, piece: Slice) -> str:
-    if row.split is None:
-        return split_of(row.group, holdout)
-    if row.split == NOT_TEST:
-        return "valid" if split_of(row.group, holdout) == "valid" else "train"
-    if row.split not in SPLITS:
+def _batch(units: list[_Unit], schema: pa.Schema) -> pa.RecordBatch:
+    return batch_of([row.values for unit in units for row in unit.rows], schema)
+
+
+def _split(row: Row, selection: Selection, piece: Slice) -> str:
+    if row.split not in (*SPLITS, NOT_TEST, None):
         raise Failed(f"{piece.name}: its corpus gave the split {row.split!r}; allowed: {', '.join(SPLITS)} or None.")
-    return row.split
+    return selection.split_of(row.group, row.split)
 
 
 def _text(value: str) -> str:

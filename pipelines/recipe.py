@@ -29,9 +29,10 @@ class Batch:
     """One worker's share of a global step."""
 
     columns: dict[str, Tensor]
-    """Column name -> [B, ...] as stored (uint8 images stay uint8). Masked and non-finite rows are zeros."""
+    """Column name -> [B, ...] as stored (uint8 images stay uint8). Non-finite rows are zeros, and masked ones too
+    unless they fill up a group."""
     mask: Bool[Tensor, " B"]
-    """False where a lane ran short or the row holds a non-finite value: no loss, no count."""
+    """False where a lane ran short, the row is a group's filler or holds a non-finite value: no loss, no count."""
     keys: Int64[Tensor, " B"]
     """Row ids, unique in the manifest; the key of a vector is row id x positions + position."""
 
@@ -71,6 +72,19 @@ def rows_only(model: nn.Module, batch: Batch) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
+class Grouping:
+    """Rows that a stage sees `size` at a time, all of one value of a column, in groups that are drawn anew each epoch.
+
+    Such a stage's `batch_size` counts groups: its batches are [groups x size, ...], group after group. Where a value's
+    rows do not fill their last group it holds repeats, which are masked (no loss, no count) but keep their values.
+    """
+
+    column: str
+    """Of numbers or text, such as `group` of streamlines (bundle and subject)."""
+    size: int
+
+
+@dataclass(frozen=True)
 class Stage:
     """One list of steps run through the training loop."""
 
@@ -89,6 +103,7 @@ class Stage:
     seed: Callable[[Any, Iterable[Batch]], str] | None = None
     """Sets codebooks from this worker's batches before step 0 and says in a sentence what was used."""
     row_order: Literal["shuffled", "sequential"] = "shuffled"
+    grouping: Grouping | None = None
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,22 @@
 """Shards: immutable Arrow IPC files of one record batch each, memory-mapped and read by row number.
 
 Every shard has `row_id` int64 (part x 2^28 + index in the part: unique in its manifest) and `split` int8 before the
-corpus's own columns. Tensors are Arrow's fixed_shape_tensor, so any Arrow reads them.
+corpus's own columns. Tensors are Arrow's fixed_shape_tensor and ragged ones lists, so any Arrow reads them.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
 from pipelines import storage
-from pipelines.errors import Failed, Refused
+from pipelines.columns import plain, tensor_array
+from pipelines.errors import Failed, Refused, nearest_names
 from pipelines.manifest import SPLITS, Manifest, ShardRecord, check_split, load_manifest
 
 ROWS_PER_PART = 2**28
@@ -41,50 +41,6 @@ def check_holdout(holdout: float) -> None:
         raise Refused(
             f"holdout={holdout} was given; it is the share of groups for valid and again for test: 0 <= holdout < 0.5."
         )
-
-
-def batch_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
-    """Values -> one record batch. Tensor columns take arrays of exactly their shape; only floats are rounded.
-
-    Raises:
-        Failed: a value does not fit its column; the message names the column.
-    """
-    columns = []
-    for item in schema:
-        values = [row[item.name] for row in rows]
-        try:
-            if isinstance(item.type, pa.FixedShapeTensorType):
-                columns.append(tensor_array(_stacked(values, item.type), item.type))
-            else:
-                columns.append(pa.array(values, item.type))
-        except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError, ArithmeticError) as error:
-            raise Failed(f"column {item.name!r} ({item.type}) got a value that does not fit: {error}") from error
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
-
-
-def tensor_array(values: npt.NDArray[Any], kind: pa.FixedShapeTensorType) -> pa.ExtensionArray:
-    """[N, *shape] -> N tensors of that Arrow type, without a copy where `values` is contiguous."""
-    flat = pa.array(np.ascontiguousarray(values).reshape(-1), kind.value_type)
-    return pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays(flat, type=kind.storage_type))
-
-
-def to_tensor(column: pa.Array) -> torch.Tensor:
-    """A tensor or number column of a batch from `ShardReader` as [N, *shape], without a copy."""
-    if isinstance(column.type, pa.FixedShapeTensorType):
-        return torch.from_dlpack(column.storage.flatten()).view(len(column), *column.type.shape)
-    return torch.from_dlpack(column)
-
-
-def values_of(batch: pa.RecordBatch) -> dict[str, Any]:
-    """Column -> numpy array [N, *shape] for tensors and numbers, without a copy; a list of values for all others."""
-
-    def dense(column: pa.Array) -> bool:
-        kind = column.type
-        number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-        return isinstance(kind, pa.FixedShapeTensorType) or (number and not column.null_count)
-
-    columns = zip(batch.schema.names, batch.columns, strict=True)
-    return {name: to_tensor(column).numpy() if dense(column) else column.to_pylist() for name, column in columns}
 
 
 class ShardWriter:
@@ -151,6 +107,16 @@ class ShardWriter:
         self.records.append(ShardRecord(name, batch.num_rows, size, digest, dict(zip(SPLITS, counts, strict=True))))
 
 
+class _Run(NamedTuple):
+    """What a batch takes from one shard."""
+
+    shard: int
+    places: Int64s | None
+    """Where in the batch it goes; None where it is all of it."""
+    rows: Int64s
+    """Of the shard."""
+
+
 class ShardReader:
     """The rows of a finished directory, by split and ordinal (order: shards of the manifest, then rows of the shard).
 
@@ -169,6 +135,7 @@ class ShardReader:
             for split in (*SPLITS, "all")
         }
         self._batches: dict[int, pa.RecordBatch] = {}
+        self._schemas: dict[frozenset[str] | None, pa.Schema] = {}
         self._views: dict[tuple[int, str], npt.NDArray[Any] | None] = {}
         self._members: dict[tuple[int, str], npt.NDArray[np.int32]] = {}
         self._check_presence()
@@ -188,22 +155,18 @@ class ShardReader:
             ordinals: [N] in [0, rows(split)).
             columns: default all.
         """
-        check_split(split)
-        ordinals = np.asarray(ordinals, np.int64)
-        if ordinals.size and (ordinals.min() < 0 or ordinals.max() >= self.rows(split)):
-            raise IndexError(
-                f"ordinals from {ordinals.min()} to {ordinals.max()} of {self.rows(split)} rows in {split!r}"
-            )
-        shards = np.searchsorted(self._starts[split], ordinals, side="right") - 1
-        order = np.argsort(shards, kind="stable")
-        runs: list[tuple[int, Int64s, Int64s]] = []  # shard, places in the result, rows in the shard
-        for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if ordinals.size else []:
-            shard = int(shards[places[0]])
-            runs.append((shard, places, self._local(shard, split, ordinals[places] - self._starts[split][shard])))
-        fields = [item for item in self.schema if columns is None or item.name in columns]
-        return pa.RecordBatch.from_arrays(
-            [self._gather(item, runs, len(ordinals)) for item in fields], schema=pa.schema(fields, self.schema.metadata)
-        )
+        runs = self._runs(split, ordinals)
+        wanted = self._fields(None if columns is None else frozenset(columns))
+        return pa.RecordBatch.from_arrays([self._gather(item, runs, len(ordinals)) for item in wanted], schema=wanted)
+
+    def values(self, split: str, ordinals: Int64s, columns: Sequence[str] | None = None) -> dict[str, Any]:
+        """`values_of(take(...))`, without the way through Arrow for what is dense: what training reads."""
+        runs = self._runs(split, ordinals)
+        found: dict[str, Any] = {}
+        for item in self._fields(None if columns is None else frozenset(columns)):
+            dense = self._dense(item.name, runs, len(ordinals))
+            found[item.name] = plain(self._gather(item, runs, len(ordinals))) if dense is None else dense
+        return found
 
     def batches(self, shard: int, rows: int, split: str = "all") -> Iterator[pa.RecordBatch]:
         """The rows of one shard (of one split) in order, `rows` at a time."""
@@ -211,6 +174,18 @@ class ShardReader:
         start, stop = (int(bound) for bound in self._starts[split][shard : shard + 2])
         for first in range(start, stop, rows):
             yield self.take(split, np.arange(first, min(first + rows, stop)))
+
+    def table(self, name: str) -> pa.Table:
+        """A side table, memory-mapped: zero-copy and read-only.
+
+        Raises:
+            Refused: there is none of that name.
+            Failed: its content is not what the manifest recorded.
+        """
+        records = {table.name: table for table in self.manifest.tables}
+        if name not in records:
+            raise Refused(f"{self.uri} has no table {name!r}; {nearest_names(name, records)}.")
+        return pa.ipc.open_file(self._mapped(records[name].file, records[name].sha256)).read_all()
 
     def shard(self, index: int) -> pa.RecordBatch:
         """One shard, memory-mapped: zero-copy and read-only.
@@ -220,22 +195,53 @@ class ShardReader:
         """
         if index not in self._batches:
             record = self.manifest.shards[index]
-            uri = storage.join(self.uri, record.name)
-            path = storage.local_copy(uri, record.sha256)
-            _check_digest(uri, str(path), record.sha256)
-            self._batches[index] = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+            self._batches[index] = pa.ipc.open_file(self._mapped(record.name, record.sha256)).get_batch(0)
         return self._batches[index]
+
+    def _mapped(self, name: str, sha256: str) -> pa.MemoryMappedFile:
+        uri = storage.join(self.uri, name)
+        path = storage.local_copy(uri, sha256)
+        _check_digest(uri, str(path), sha256)
+        return pa.memory_map(str(path))
 
     def _check_presence(self) -> None:
         found = {entry.name: entry.bytes for entry in storage.list_files(self.uri)}
-        for shard in self.manifest.shards:
-            if shard.name not in found:
-                raise Refused(f"shard {shard.name} of {self.uri} is missing; restore it, or ingest into a new --out.")
-            if found[shard.name] != shard.bytes:
+        expected = [("shard", shard.name, shard.bytes) for shard in self.manifest.shards]
+        expected += [("table", table.file, table.bytes) for table in self.manifest.tables]
+        for what, name, size in expected:
+            if name not in found:
+                raise Refused(f"{what} {name} of {self.uri} is missing; restore it, or ingest into a new --out.")
+            if found[name] != size:
                 raise Refused(
-                    f"shard {shard.name} of {self.uri} has {found[shard.name]} bytes instead of {shard.bytes}; "
+                    f"{what} {name} of {self.uri} has {found[name]} bytes instead of {size}; "
                     "restore it, or ingest into a new --out."
                 )
+
+    def _fields(self, names: frozenset[str] | None) -> pa.Schema:
+        if names not in self._schemas:
+            fields = [item for item in self.schema if names is None or item.name in names]
+            self._schemas[names] = pa.schema(fields, self.schema.metadata)
+        return self._schemas[names]
+
+    def _runs(self, split: str, ordinals: Int64s) -> list["_Run"]:
+        """What is taken from each shard. Most batches lie within one, and are not sorted by shard first."""
+        check_split(split)
+        ordinals = np.asarray(ordinals, np.int64)
+        if not ordinals.size:
+            return []
+        starts, lowest, highest = self._starts[split], int(ordinals.min()), int(ordinals.max())
+        if lowest < 0 or highest >= starts[-1]:
+            raise IndexError(f"ordinals from {lowest} to {highest} of {starts[-1]} rows in {split!r}")
+        first, last = (int(shard) - 1 for shard in np.searchsorted(starts, (lowest, highest), side="right"))
+        if first == last:
+            return [_Run(first, None, self._local(first, split, ordinals - starts[first]))]
+        shards = np.searchsorted(starts, ordinals, side="right") - 1
+        order = np.argsort(shards, kind="stable")
+        runs = []
+        for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+            shard = int(shards[places[0]])
+            runs.append(_Run(shard, places, self._local(shard, split, ordinals[places] - starts[shard])))
+        return runs
 
     def _local(self, shard: int, split: str, ranks: Int64s) -> Int64s:
         """Ranks within a shard's share of the split -> rows of the shard."""
@@ -247,26 +253,35 @@ class ShardReader:
             self._members[shard, split] = np.flatnonzero(column == SPLITS.index(split)).astype(np.int32)
         return self._members[shard, split][ranks].astype(np.int64)
 
-    def _gather(self, item: pa.Field, runs: list[tuple[int, Int64s, Int64s]], rows: int) -> pa.Array:
+    def _gather(self, item: pa.Field, runs: list["_Run"], rows: int) -> pa.Array:
         if not runs:
             return self.shard(0).column(item.name).slice(0, 0)
-        views = [self._view(shard, item.name) for shard, _, _ in runs]
+        out = self._dense(item.name, runs, rows)
+        if out is not None:
+            return tensor_array(out, item.type) if isinstance(item.type, pa.FixedShapeTensorType) else pa.array(out)
+        taken = [self.shard(run.shard).column(item.name).take(pa.array(run.rows)) for run in runs]
+        if runs[0].places is None:
+            return taken[0]
+        back = np.argsort(np.concatenate([run.places for run in runs]))
+        return pa.concat_arrays(taken).take(pa.array(back))
+
+    def _dense(self, name: str, runs: list["_Run"], rows: int) -> npt.NDArray[Any] | None:
+        """[rows, *shape] of a column that has a view in every shard; None for all others."""
+        views = [self._view(run.shard, name) for run in runs]
         dense = [view for view in views if view is not None]
-        if len(dense) < len(views):
-            taken = [self.shard(shard).column(item.name).take(pa.array(local)) for shard, _, local in runs]
-            back = np.argsort(np.concatenate([places for _, places, _ in runs]))
-            return pa.concat_arrays(taken).take(pa.array(back))
+        if not runs or len(dense) < len(views):
+            return None
         out = np.empty((rows, *dense[0].shape[1:]), dense[0].dtype)
-        for view, (_, places, local) in zip(dense, runs, strict=True):
-            first, last = int(places[0]), int(places[-1])
-            if last - first + 1 == len(places):
-                # mode="clip": "raise" would copy once more, and the bounds were checked.
-                np.take(view, local, axis=0, out=out[first : last + 1], mode="clip")
+        for view, run in zip(dense, runs, strict=True):
+            here = slice(0, rows) if run.places is None else slice(int(run.places[0]), int(run.places[-1]) + 1)
+            if here.stop - here.start != len(run.rows):
+                out[run.places] = view[run.rows]
+            elif _in_order(run.rows):
+                out[here] = view[run.rows[0] : run.rows[-1] + 1]
             else:
-                out[places] = view[local]
-        if isinstance(item.type, pa.FixedShapeTensorType):
-            return tensor_array(out, item.type)
-        return pa.array(out, item.type)
+                # mode="clip": "raise" would copy once more, and the bounds were checked.
+                np.take(view, run.rows, axis=0, out=out[here], mode="clip")
+        return out
 
     def _view(self, shard: int, name: str) -> npt.NDArray[Any] | None:
         """A fixed-width column without nulls as [rows, *shape]; None for all others, which Arrow gathers."""
@@ -292,26 +307,16 @@ def _check_digest(uri: str, path: str, sha256: str) -> None:
     if found != sha256:
         storage.forget_copy(uri, sha256)
         raise Failed(
-            f"{uri} has sha256 {found}, but the manifest recorded {sha256}: the shard is damaged. "
+            f"{uri} has sha256 {found}, but the manifest recorded {sha256}: it is damaged. "
             "Restore it from a copy, or ingest into a new --out."
         )
     _checked.add((uri, sha256))
 
 
+def _in_order(rows: Int64s) -> bool:
+    """Whether they follow one another, so that they are one copy."""
+    return int(rows[-1]) - int(rows[0]) == len(rows) - 1 and bool((rows[1:] - rows[:-1] == 1).all())
+
+
 def _count(shard: ShardRecord, split: str) -> int:
     return shard.rows if split == "all" else shard.splits[split]
-
-
-def _stacked(values: list[Any], kind: pa.FixedShapeTensorType) -> npt.NDArray[Any]:
-    dtype = np.dtype(kind.value_type.to_pandas_dtype())
-    shape = tuple(kind.shape)
-    arrays = [np.asarray(value) for value in values]
-    for array in arrays:
-        if array.shape != shape:
-            raise ValueError(f"shape {array.shape}, not {shape}")
-    stacked = np.stack(arrays) if arrays else np.empty((0, *shape), dtype)
-    with np.errstate(over="raise", invalid="raise"):
-        cast = stacked.astype(dtype, copy=False)
-    if dtype.kind != "f" and not np.array_equal(cast, stacked):
-        raise ValueError(f"{stacked.dtype} values that {dtype} cannot hold")
-    return cast

@@ -23,6 +23,10 @@ from pipelines.errors import Failed, Refused
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
+MULTIPART_BYTES = 16 * 2**20
+"""A file of twice as much or more goes to s3 in parts of this size, several at once."""
+
+
 class Entry(NamedTuple):
     """One file below a URI."""
 
@@ -88,14 +92,14 @@ def size(uri: str) -> int:
 def list_files(uri: str) -> list[Entry]:
     """All files below a directory, or the one file that `uri` is, sorted by name.
 
-    Links are followed, but not into a directory that holds them. A dangling link is listed with 0 bytes, so that
-    whoever reads it can say so; sockets, pipes and devices are not files.
+    Links are followed, but not into a directory that holds them. A link that leads nowhere or to itself is listed with
+    0 bytes, so that whoever reads it can say so; sockets, pipes and devices are not files.
     """
     uri = normalise(uri)
     with _told(uri, "list"):
         if is_local(uri):
             mode = os.stat(uri).st_mode
-            found = list(_walk(uri, "", ())) if stat.S_ISDIR(mode) else [_entry(os.path.basename(uri), uri)]
+            found = list(_walk(uri)) if stat.S_ISDIR(mode) else [_entry(os.path.basename(uri), uri)]
         else:
             fs = _s3()
             listed = fs.find(uri, detail=True)
@@ -129,8 +133,11 @@ def open_read(uri: str) -> BinaryIO:
 
 
 @contextmanager
-def writing(uri: str) -> Iterator[Path]:
-    """A local file to fill: it appears at `uri`, whole, when the block ends, and not at all when the block raises."""
+def writing(uri: str, sync: bool = True) -> Iterator[Path]:
+    """A local file to fill: it appears at `uri`, whole, when the block ends, and not at all when the block raises.
+
+    Without `sync` it may be lost, or be empty, when the machine itself goes down.
+    """
     uri = normalise(uri)
     local = is_local(uri)
     with _told(uri, "write"):
@@ -142,11 +149,13 @@ def writing(uri: str) -> Iterator[Path]:
         yield staged
         with _told(uri, "write"):
             if local:
-                _sync(staged)
+                if sync:
+                    _sync(staged)
                 os.replace(staged, uri)
-                _sync(folder)
+                if sync:
+                    _sync(folder)
             else:
-                _s3().put_file(str(staged), uri)
+                _s3().put_file(str(staged), uri, chunksize=MULTIPART_BYTES)
     finally:
         staged.unlink(missing_ok=True)
 
@@ -254,17 +263,31 @@ def sha256_of_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
-    here = os.stat(folder)
-    if (here.st_dev, here.st_ino) in above:
-        return
-    above = (*above, (here.st_dev, here.st_ino))
-    with os.scandir(folder) as items:
-        for item in sorted(items, key=lambda item: item.name):
-            if item.is_dir():
-                yield from _walk(item.path, f"{prefix}{item.name}/", above)
-            elif item.is_file() or (item.is_symlink() and not os.path.exists(item.path)):
+def _walk(top: str) -> Iterator[Entry]:
+    """Without recursion: folders nest deeper than Python may call."""
+    waiting: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(top, "", ())]
+    while waiting:
+        folder, prefix, above = waiting.pop()
+        with _told(folder, "list"):
+            here = os.stat(folder)
+            if (here.st_dev, here.st_ino) in above:
+                continue
+            with os.scandir(folder) as items:
+                found = list(items)
+        for item in found:
+            mode = _mode(item)
+            if mode is not None and stat.S_ISDIR(mode):
+                waiting.append((item.path, f"{prefix}{item.name}/", (*above, (here.st_dev, here.st_ino))))
+            elif mode is None or stat.S_ISREG(mode):
                 yield _entry(prefix + item.name, item.path)
+
+
+def _mode(item: os.DirEntry[str]) -> int | None:
+    """None for what leads nowhere: a dangling link, one that leads to itself, a file deleted since it was listed."""
+    try:
+        return item.stat().st_mode
+    except OSError:
+        return None
 
 
 def _entry(name: str, path: str) -> Entry:

@@ -17,18 +17,27 @@ def unit(x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
     return x / norm.masked_fill(norm == 0, torch.inf)
 
 
+def known_finite(x: Float[Tensor, "N D"]) -> bool:
+    """Whether x holds no NaN and no infinity, where that costs no synchronisation and no graph: else False. One pass
+    that writes nothing: what is not finite stays so in every sum (a sum that overflows gives False too)."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and math.isfinite(x.detach().sum())
+
+
 def finite_rows(x: Float[Tensor, "N D"]) -> Bool[Tensor, " N"]:
     """Which rows hold no NaN and no infinity."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and math.isfinite(x.sum()):
-        return torch.ones(
-            len(x), dtype=torch.bool
-        )  # what is not finite stays so in every sum: one pass, nothing written
+    if known_finite(x):
+        return torch.ones(len(x), dtype=torch.bool)
     return (x - x).sum(-1) == 0  # 30 times faster than isfinite().all(-1): inf - inf and nan - nan are nan
+
+
+def known_all(keep: Bool[Tensor, " N"]) -> bool:
+    """Whether all of `keep` hold, where that costs no synchronisation and no graph: else False."""
+    return keep.device.type == "cpu" and not torch.compiler.is_compiling() and bool(keep.all())
 
 
 def only(keep: Bool[Tensor, " N"], x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
     """`x` where `keep` says so, else 0 without a gradient, also for a NaN; `x` itself where all are kept, on CPU."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and bool(keep.all()):
+    if known_all(keep):
         return x  # a broadcast `where` costs ten ordinary passes over x
     return torch.where(keep.unsqueeze(-1), x, 0.0)
 
@@ -44,7 +53,7 @@ def record(book: Any, counts: Float64[Tensor, " K"], decay: float) -> Float64[Te
     some = counts.sum() > 0
     fresh = (1.0 - decay) * some.double()  # bool times float would be float32
     book.step += some
-    book.last_counts.copy_(torch.where(some, counts, book.last_counts))
+    torch.where(some, counts, book.last_counts, out=book.last_counts)
     book.counts.lerp_(counts, fresh)
     return fresh
 
@@ -207,7 +216,7 @@ class Codebook(nn.Module):
         if self.unit_norm:
             read = unit(read)
             moved = moved & (read != 0).any(-1, keepdim=True)  # sums that cancel have no direction to move to
-        self.vectors.copy_(torch.where(moved, read.to(self.vectors.dtype), self.vectors))
+        torch.where(moved, read.to(self.vectors.dtype), self.vectors, out=self.vectors)
 
     @torch.no_grad()
     def revive(self, codes: Int64[Tensor, " M"], rows: Float[Tensor, "M D"], count: float) -> None:

@@ -28,6 +28,16 @@ def straight_through(x: Float[Tensor, "... D"], quantized: Float[Tensor, "... D"
     return _StraightThrough.apply(x, quantized.detach())
 
 
+def straight_through_in_place(x: Float[Tensor, "... D"], quantized: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+    """`straight_through` for a caller who gives `quantized` away: the result is in its memory, not in a copy.
+
+    Raises:
+        ValueError: x and quantized differ in shape.
+    """
+    _check_shapes(x, quantized)
+    return _StraightThroughInPlace.apply(x, quantized.detach())
+
+
 def rotate(x: Float[Tensor, "... D"], quantized: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
     """The rotation trick (Fifty et al. 2025, section 4.2): the code as a rotated and rescaled x, both held constant.
 
@@ -88,6 +98,16 @@ class _StraightThrough(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, quantized: Tensor) -> Tensor:
         return quantized.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _StraightThroughInPlace(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantized: Tensor) -> Tensor:
+        return quantized.detach()  # not itself: autograd takes that for a view, which nobody may write to
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -8,6 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd import Function
 
+from vqcore.estimators import straight_through
+
 _TILE = 2**16  # numbers widened to float64 at a time: they stay in cache, and no second N x D array is written
 
 
@@ -33,6 +35,57 @@ def squared_error(
     if torch.compiler.is_compiling():
         return _difference(x.to(dtype), y.to(dtype), mask).double().square().sum()
     return _SquaredError.apply(x.to(dtype), y.to(dtype), mask)
+
+
+def passing_squared_error(
+    x: Float[Tensor, "N D"], target: Float[Tensor, "N D"]
+) -> tuple[Float[Tensor, "N D"], Float[Tensor, ""]]:
+    """(x, sum of (x - target)^2 over every entry), the target held constant.
+
+    Whoever goes on with the returned x instead of the given one gets the sum's gradient added to that of everything
+    behind it in one pass over memory, where autograd would take four and an array more. Only x - target is kept for
+    going back, so `target` may be written to. A row's squares are added up in float32 (finite while |x - target| is
+    below 1e19), the rows in float64.
+
+    Raises:
+        ValueError: x and target differ in shape or type.
+    """
+    if x.shape != target.shape or x.dtype != target.dtype:
+        raise ValueError(
+            f"x is {x.dtype} of shape {tuple(x.shape)}, target {target.dtype} of shape {tuple(target.shape)}; "
+            "they must be equal, nothing is broadcast"
+        )
+    return _PassingSquaredError.apply(x, target.detach())
+
+
+class _PassingSquaredError(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        difference = x - target
+        ctx.save_for_backward(x, difference)
+        ctx.set_materialize_grads(False)
+        length = torch.linalg.vector_norm(difference, dim=-1).double()
+        return x, torch.dot(length, length)
+
+    @staticmethod
+    def backward(ctx: Any, passed: Tensor | None, gradient: Tensor | None) -> tuple[Tensor | None, None]:
+        if gradient is None:
+            return passed, None
+        x, difference = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second differentiation, in which the difference moves with x
+            difference = straight_through(x, difference)
+        scale = (2 * gradient).to(difference.dtype)
+        room = None if torch.is_grad_enabled() or _graph_is_kept() else difference
+        if passed is None:
+            return torch.mul(difference, scale, out=room), None
+        return torch.addcmul(passed, difference, scale, out=room), None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass that is running may be followed by another over the same graph. If not, a node may
+    write its result over what it saved: a new array of the size of x costs its first writer more than the product."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or bool(ask())
 
 
 class _SquaredError(Function):

@@ -21,7 +21,9 @@ COUNT_DECAY = 0.99
 REVIVAL = 0
 """The `stream` of noise.race that draws replacements for dead codes."""
 
-_TILE = 2**16  # numbers widened to float64 at a time: a tile stays in cache, the whole batch would cost 8 N D bytes
+# Numbers widened to float64 at a time: a tile stays near the caches, where the whole batch would cost 8 N D bytes. With
+# smaller tiles the table of sums is walked over more often.
+_TILE = 2**17
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,16 @@ class Statistics:
         drawn = codes.view(-1, self.rule.draws)
         valid = drawn[:, 0] >= 0
         index = drawn.clamp(min=0)
+        weight = valid.double()
         for column in index.unbind(1):
-            counts.index_add_(0, column, valid.double())
+            counts.index_add_(0, column, weight)
         if sums is not None:
             tile = max(1, _TILE // x.shape[1] if x.device.type == "cpu" else len(x))
+            wide = sums.new_empty(min(tile, len(x)), x.shape[1])
             for rows, where in zip(x.detach().split(tile), index.split(tile), strict=True):
-                wide = rows.double()
+                wide[: len(rows)] = rows
                 for column in where.unbind(1):
-                    sums.index_add_(0, column, wide)
+                    sums.index_add_(0, column, wide[: len(rows)])
         if level == 0:
             self.seen += len(codes)
         if self.rule.revive_below > 0:

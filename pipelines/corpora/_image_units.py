@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
-from pipelines.corpora import Bad, Slice
+from pipelines.corpora import Bad, Slice, _sources
 from pipelines.storage import Entry
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
@@ -38,18 +37,9 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
-def is_hidden(name: str) -> bool:
-    """Names that belong to a file system and hold no data, such as the `._photo.jpg` that macOS puts into archives."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
-
-
 def why_ignored(name: str) -> str:
-    """Why a file is no unit, in words that are few over a whole corpus."""
-    if is_hidden(name):
-        return "hidden file"
-    suffix = PurePosixPath(name).suffix.lower()
-    known = len(suffix) <= 6 and suffix[1:].isalnum() and not suffix[1:].isdigit()
-    return f"not an image file ({suffix if known else 'no suffix'})"
+    """Why a file is no unit of this kind."""
+    return _sources.why_ignored(name, "an image file")
 
 
 def unreadable(entry: Entry, prefix: str, reason: str) -> list[Slice]:

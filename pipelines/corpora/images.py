@@ -8,7 +8,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +24,8 @@ from pipelines.corpora import _image_folders as folders
 from pipelines.corpora import _image_tables as tables
 from pipelines.corpora import _image_tars as tars
 from pipelines.corpora import _image_units as units
+from pipelines.corpora._sources import is_hidden, prefixes
+from pipelines.corpora._tars import is_tar
 from pipelines.errors import Failed, Refused
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -90,7 +91,7 @@ def survey(sources: list[str], settings: ImageSettings) -> Survey:
     """
     slices: list[Slice] = []
     ignored: Counter[str] = Counter()
-    for source, prefix in zip(sources, _prefixes(sources), strict=True):
+    for source, prefix in zip(sources, prefixes(sources), strict=True):
         found, left = _survey_one(source, prefix)
         if not found:
             held = ", ".join(f"{count:,} x {reason}" for reason, count in left.most_common(3)) or "nothing"
@@ -113,14 +114,6 @@ def _numbered(piece: Slice, number: Mapping[str, int]) -> Slice:
     return replace(piece, meta={**meta, "label": number.get(piece.meta["class"])})
 
 
-def _prefixes(sources: list[str]) -> list[str]:
-    """Of several sources, each name begins with its source's last word, numbered where two are the same."""
-    if len(sources) == 1:
-        return [""]
-    words = [PurePosixPath(source).name for source in sources]
-    return [f"{word}/" if words.count(word) == 1 else f"{n}-{word}/" for n, word in enumerate(words)]
-
-
 def _survey_one(source: str, prefix: str) -> tuple[list[Slice], Counter[str]]:
     entries = storage.list_files(source)
     if folders.is_oxford(entries):
@@ -128,11 +121,11 @@ def _survey_one(source: str, prefix: str) -> tuple[list[Slice], Counter[str]]:
     ignored: Counter[str] = Counter()
     files, slices = [], []
     for entry in entries:
-        if units.is_hidden(entry.name):
+        if is_hidden(entry.name):
             ignored[units.why_ignored(entry.name)] += 1
         elif units.is_image(entry.name):
             files.append(entry)
-        elif tars.is_tar(entry.name):
+        elif is_tar(entry.name):
             found, left = tars.of_tar(entry, prefix)
             slices += found
             ignored.update(left)

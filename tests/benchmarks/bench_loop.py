@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 from pipelines import loop, recipe
+from pipelines.columns import to_tensor
 from pipelines.feed import Feed, columns_of
 from pipelines.loop import RunSpec
 from pipelines.recipe import Share
-from pipelines.shards import ShardReader, to_tensor
+from pipelines.shards import ShardReader
 from tests.pipelines.loops import make_shards
 
 ROUNDS, STEPS, BATCH = 9, 40, 64

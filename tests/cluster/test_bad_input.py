@@ -1,5 +1,6 @@
 """Bad images through the command line: what a person sees, and that nothing already made is lost."""
 
+import gzip
 import io
 import json
 import struct
@@ -13,7 +14,8 @@ import pytest
 from PIL import Image
 
 from jobs import cli
-from pipelines.shards import ShardReader, split_of, values_of
+from pipelines.columns import values_of
+from pipelines.shards import ShardReader, split_of
 from tests.pipelines.loops import TINY
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
@@ -104,6 +106,33 @@ def test_dirt_is_set_aside_with_its_reason_and_the_rest_becomes_rows(tmp_path, c
     assert code == 2
     assert f"settings.size: {SIDE} -> 16" in said
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_the_last_lines_about_a_mixed_and_dirty_folder_read_well(tmp_path, capsys):
+    source, out = fill(tmp_path / "photos"), tmp_path / "shards"
+    (source / "deep/er").mkdir(parents=True)
+    (source / "deep/er/loop").symlink_to(source)
+    (source / "itself.jpg").symlink_to("itself.jpg")
+    for name in ("empty.png", "deep/empty.jpg", "deep/er/also empty.webp"):
+        (source / name).touch()
+    digits = struct.pack(">IIII", 0x803, 3, 4, 4) + bytes(48)
+    (source / "deep/digits-idx3-ubyte.gz").write_bytes(gzip.compress(digits, mtime=0)[:-20])
+    for name in ("notes.txt", "a.pdf", "b.pdf", ".DS_Store"):
+        (source / name).write_bytes(b"%PDF")
+    code, made, said = ingest(capsys, source, out, "--set", f"size={SIDE}", "--max-bad-fraction", 0.8)
+    assert code == 0, said
+    lines = said.splitlines()
+    print("\n".join(lines))
+    (start,) = [n for n, line in enumerate(lines) if line.startswith("20 units: ")]
+    assert lines[start].endswith(f" {made['quarantined']} quarantined, 4 left out")
+    assert made["rows"] + made["quarantined"] + 4 == 20
+    assert "the file is empty" in lines[start + 2]
+    assert lines[start + 2].split()[0] == "3"
+    assert lines[start + 5] == f"all of them are in {out}/quarantine.arrow (source, unit, reason)"
+    assert lines[start + 6].startswith("left out: 2 x not an image file (.pdf), 1 x ")
+    assert lines[start + 7].startswith(f"in {out}: 1 shards")
+    listed = pa.ipc.open_file(str(out / "quarantine.arrow")).read_all().num_rows
+    assert listed == made["quarantined"]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -2,10 +2,14 @@
 
 import argparse
 import json
+import runpy
+import sys
 
 import pytest
 
 from jobs import cli
+from jobs.ingest import KINDS
+from pipelines import corpora
 from pipelines.errors import Failed, Refused
 
 
@@ -54,3 +58,16 @@ def test_a_verb_that_had_nothing_to_do_says_so(capsys):
     said = capsys.readouterr()
     assert "nothing to do" in said.err
     assert json.loads(said.out)["skipped"] is True
+
+
+def test_help_of_ingest_names_every_kind():
+    assert KINDS.removeprefix("what the files hold: ").replace(" or ", ", ").split(", ") == corpora.names()
+
+
+@pytest.mark.parametrize("verb", cli.verbs())
+def test_every_verb_is_a_module_that_runs(verb, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, f"jobs.{verb}", raising=False)  # runpy warns of what was imported before
+    monkeypatch.setattr("sys.argv", [f"jobs/{verb}.py", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_module(f"jobs.{verb}", run_name="__main__", alter_sys=False)
+    assert capsys.readouterr().out.startswith(f"usage: vqray {verb} ")

@@ -27,6 +27,19 @@ def die_once(folder: str, part: int, payload: Any) -> dict[str, Any]:
     return {"part": part}
 
 
+def die_always(part: int, payload: Any, *shared: Any) -> dict[str, Any]:
+    """Part 1 is a file that kills whoever reads it."""
+    if part == 1:
+        os._exit(1)
+    return {"part": part}
+
+
+def take_the_place_of_its_record(out: str, part: int, payload: Any) -> dict[str, Any]:
+    """As a full disk would: the work is done, and its record cannot be written."""
+    (Path(out) / f"parts/part-{part:05d}.json/x").mkdir(parents=True)
+    return {}
+
+
 def load(folder: str) -> int:
     (Path(folder) / f"{os.getpid()}.{time.time_ns()}").touch()
     return 100

@@ -13,10 +13,11 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from pipelines import corpora, loop, recipe
+from pipelines.columns import batch_of
 from pipelines.feed import Feed, columns_of
 from pipelines.loop import Event, RunSpec
 from pipelines.manifest import Manifest, Units, describe, save_manifest
-from pipelines.shards import ShardReader, ShardWriter, batch_of
+from pipelines.shards import ShardReader, ShardWriter
 from vqcore import reduction
 
 SIDE = 8

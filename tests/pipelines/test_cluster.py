@@ -39,6 +39,11 @@ def test_a_busy_cluster_is_waited_for_aloud_and_not_for_ever(ray_instance: None,
     cluster.require_free_cpu()
 
 
+def test_devices_that_are_not_there_are_refused_at_once(ray_instance: None) -> None:
+    with pytest.raises(Refused, match="2 CUDA devices a worker were asked for, and this machine has 0"):
+        cluster.require_free_cpu(gpus=2)
+
+
 def test_local_paths_are_refused_where_they_mean_different_files(
     ray_instance: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,18 +1,22 @@
 """Encode, decode and evaluate a trained bundle: codes that decode to the evaluation's own output, and refusals."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from pipelines import loop, tracking, trained
-from pipelines.encode import decode, encode, smallest_integer
+from pipelines import corpora, loop, tracking, trained
+from pipelines.columns import batch_of, bfloat16_of, padded, ragged_field, values_of
+from pipelines.encode import _decode_shard, _encode_shard, decode, encode, smallest_integer
 from pipelines.errors import Failed, Refused
 from pipelines.evaluate import evaluate
 from pipelines.feed import Feed, as_seen, to_batch
-from pipelines.shards import ShardReader, values_of
+from pipelines.manifest import Manifest, ShardRecord, Units, describe, save_manifest
+from pipelines.recipe import Batch
+from pipelines.shards import ShardReader, ShardWriter
 from tests.pipelines.loops import make_shards, spec_of
 from vqcore import metrics
 
@@ -162,3 +166,61 @@ def test_a_planted_pickle_is_refused_by_name(shards, tmp_path):
     (home / "weights.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(Refused, match=r"weights\.pkl"):
         encode(str(tmp_path / "run"), shards, str(tmp_path / "codes"))
+
+
+class Signs(torch.nn.Module):
+    """Codes of chains of points: 1 where x > 0, 0 elsewhere, and -1 in what is filled up; a point (x, x, x) back."""
+
+
+def encode_signs(model: Signs, batch: Batch) -> torch.Tensor:
+    assert batch.columns["point"].shape == (*batch.columns["point_mask"].shape, 3)
+    return torch.where(batch.columns["point_mask"], (batch.columns["point"][..., 0] > 0).long(), -1)
+
+
+def decode_signs(model: Signs, codes: torch.Tensor) -> dict[str, torch.Tensor]:
+    points = (2.0 * codes - 1)[..., None].expand(*codes.shape, 3)
+    return {"point": points.to(torch.bfloat16), "point_mask": codes != -1, "size": codes.clamp(min=0).sum(1).float()}
+
+
+def chains_to_tensors(stored: dict, settings: corpora.CorpusSettings) -> dict[str, torch.Tensor]:
+    point, mask = padded(stored["point"], (3,))
+    return {"point": point, "point_mask": mask}
+
+
+def test_rows_of_several_lengths_become_codes_of_their_lengths_and_back(tmp_path, monkeypatch):
+    schema = pa.schema([ragged_field("point", pa.float32(), (3,))])
+    kind = SimpleNamespace(
+        Settings=corpora.CorpusSettings, shapes=lambda _: {"point": None, "size": []}, tensors=chains_to_tensors
+    )
+    monkeypatch.setattr(corpora, "load", lambda name: kind)
+    recipe = SimpleNamespace(encode=encode_signs, decode=decode_signs, codebooks=lambda _: [(2, 1)])
+    model = SimpleNamespace(recipe=recipe, settings=None, model=Signs(), digest="ab" * 32)
+    drawn = np.random.default_rng(0)
+    chains = [drawn.normal(size=(n % 7, 3)).astype(np.float32) for n in range(200)]
+    home, codes, back = (str(tmp_path / name) for name in ("chains", "codes", "back"))
+    with ShardWriter(home, 0, schema) as writer:
+        writer.write(batch_of([{"point": chain} for chain in chains], schema), np.zeros(200, np.int8))
+    save(home, "chains", schema, writer.records)
+    made = _encode_shard(home, "all", codes, 0, None, model)
+    save(codes, "codes", ragged_schema(codes), [ShardRecord(**shard) for shard in made["shards"]])
+    stored = values_of(all_rows(codes))["codes"]
+    assert [row.tolist() for row in stored] == [(chain[:, 0] > 0).astype(int).tolist() for chain in chains]
+    assert ragged_schema(codes).field("codes").type == pa.list_(pa.int8())
+    made = _decode_shard(codes, {"kind": "chains", "settings": {}}, back, False, 0, None, model)
+    save(back, "chains", ragged_schema(back), [ShardRecord(**shard) for shard in made["shards"]])
+    rows = all_rows(back)
+    assert describe(rows.schema)["size"].shape == ()
+    point = rows.schema.field("point")
+    assert point.metadata == {b"shape": b"[L, 3]", b"dtype": b"bfloat16"}
+    for bits, chain in zip(values_of(rows)["point"], chains, strict=True):
+        assert torch.equal(bfloat16_of(bits).view(-1, 3), torch.tensor(np.sign(chain[:, :1])).expand(-1, 3).bfloat16())
+
+
+def ragged_schema(home: str) -> pa.Schema:
+    with pa.ipc.open_file(f"{home}/shard-00000-000.arrow") as file:
+        return pa.schema([item for item in file.schema if item.name not in ("row_id", "split")])
+
+
+def save(home: str, kind: str, schema: pa.Schema, records: list[ShardRecord]) -> None:
+    units = Units(200, 200, 0, {})
+    save_manifest(Manifest(kind, {}, {}, describe(schema), tuple(records), units, ""), home)

@@ -1,25 +1,28 @@
 """Ingest: every unit is accounted for, any interruption ends in the same digest, nothing else shares an --out."""
 
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
+import tempfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+import ray
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pipelines import corpora, ingest, storage
+from pipelines import cluster, corpora, ingest, storage
+from pipelines.columns import to_tensor
+from pipelines.corpora import SideTable
 from pipelines.errors import Failed, Refused
 from pipelines.ingest import IngestResult
-from pipelines.manifest import load_manifest
+from pipelines.manifest import Units, load_manifest
 from pipelines.reading import Selection, read_part
-from pipelines.shards import ShardReader, split_of, to_tensor
-from tests.pipelines.tiny_corpus import TinySettings, corpus
+from pipelines.shards import ShardReader, split_of
+from pipelines.tables import write_tables
+from tests.pipelines.tiny_corpus import TinySettings, corpus, logged, modelled
 
 FILES = 6
 LINES = 50
@@ -30,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("ray_instance")
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests' corpus under the name `tiny`, and parts of one file each."""
-    monkeypatch.setattr(corpora, "load", lambda kind: {"tiny": corpus}[kind])
+    monkeypatch.setattr(corpora, "load", {"tiny": corpus, "modelled": modelled, "logged": logged}.__getitem__)
     monkeypatch.setattr(ingest, "LEAST_PART_BYTES", 1)
 
 
@@ -42,8 +45,8 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def run(source: Path, out: object, settings: TinySettings | None = None, **rest) -> IngestResult:
-    return ingest.ingest("tiny", [str(source)], str(out), settings=settings or TinySettings(), **rest)
+def run(source: Path, out: object, settings: TinySettings | None = None, kind: str = "tiny", **rest) -> IngestResult:
+    return ingest.ingest(kind, [str(source)], str(out), settings=settings or TinySettings(), **rest)
 
 
 def quarantined(out: Path) -> list[tuple[str, int, str]]:
@@ -118,43 +121,6 @@ def test_an_interrupted_ingest_redoes_only_what_is_missing(source: Path, tmp_pat
     ShardReader(str(out)).take("all", np.arange(first.rows))
 
 
-def test_a_killed_driver_is_resumed_to_the_same_digest(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "diary").mkdir()
-    script = """
-        import sys, ray
-        from pipelines import corpora, ingest
-        from tests.pipelines.tiny_corpus import TinySettings, corpus
-        corpora.load = lambda kind: corpus
-        ingest.LEAST_PART_BYTES = 1
-        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
-        settings = TinySettings(diary=sys.argv[3], pause=float(sys.argv[4]))
-        ingest.ingest("tiny", [sys.argv[1]], sys.argv[2], settings=settings)
-    """
-    settings = TinySettings(diary=str(tmp_path / "diary"), pause=0.3)
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", textwrap.dedent(script), str(source), str(out), settings.diary, "0.3"]
-    root = str(Path(__file__).parents[2])
-    with open(tmp_path / "log", "wb") as log:
-        driver = subprocess.Popen(command, cwd=root, stdout=log, stderr=log, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while len(list((out / "parts").glob("part-*.json"))) < 2:
-        assert driver.poll() is None, (tmp_path / "log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    assert not (out / "manifest.json").exists()
-    started = len(list((tmp_path / "diary").iterdir()))
-    time.sleep(1)  # Ray's processes die with their driver; what they were writing stays half done.
-    done = set((out / "parts").glob("part-*.json"))
-    assert 2 <= len(done) < FILES
-    started = max(started, len(list((tmp_path / "diary").iterdir())))
-    resumed = run(source, out, settings)
-    assert len(list((tmp_path / "diary").iterdir())) - started == FILES - len(done)
-    clean = run(source, tmp_path / "clean", settings)
-    assert (resumed.digest, resumed.rows) == (clean.digest, FILES * LINES)
-
-
 def test_bad_units_are_quarantined_and_all_units_are_accounted_for(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -170,10 +136,58 @@ def test_bad_units_are_quarantined_and_all_units_are_accounted_for(
     assert "column 'vector'" in found[2][2]
     units = load_manifest(str(tmp_path / "out")).units
     assert (units.read, units.kept, units.quarantined) == (304, 300, 3)
-    log = capsys.readouterr().err
-    assert f"3 units are quarantined in {tmp_path}/out/quarantine.arrow" in log
-    assert "1 x 1 words instead of 2" in log
-    assert "304 units: 300 rows" in log
+    log = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("303 units in 6 files (") for line in log)
+    (start,) = [n for n, line in enumerate(log) if line.startswith("304 units: 300 rows (train ")]
+    assert log[start].endswith("), 3 quarantined, 1 left out")
+    assert log[start + 1] == "quarantined, the reasons, each with a unit of its kind:"
+    assert log[start + 2].split() == ["1", "x", "1", "words", "instead", "of", "2", "a/0.txt"]
+    assert log[start + 3].split() == ["1", "x", "3", "words", "instead", "of", "2", "a/0.txt"]
+    assert log[start + 5] == f"all of them are in {tmp_path}/out/quarantine.arrow (source, unit, reason)"
+    assert log[start + 6] == "left out: 1 x other files"
+    assert log[start + 7].startswith(f"in {tmp_path}/out: 6 shards, ")
+    assert len(log) == start + 8
+    run(source, tmp_path / "out", settings)
+    assert capsys.readouterr().err.splitlines() == log[start:]
+
+
+def test_of_many_reasons_the_three_commonest_are_told(source: Path, tmp_path: Path, capsys) -> None:
+    with (source / "a/0.txt").open("a") as file:
+        file.write("".join("\n" + "word " * (3 + n) for n in range(5) for _ in range(5 - n)))
+    run(source, tmp_path / "out")
+    log = capsys.readouterr().err.splitlines()
+    (start,) = [n for n, line in enumerate(log) if line.startswith("quarantined, the commonest of 5 reasons")]
+    assert [line.split()[:3] for line in log[start + 1 : start + 4]] == [
+        [f"{5 - n}", "x", f"{3 + n}"] for n in range(3)
+    ]
+    assert log[start + 4].startswith("all of them are in ")
+
+
+def test_units_of_many_rows_are_counted_as_units(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with (source / "a/0.txt").open("a") as file:
+        file.write("\ng 1,2,3\ng 4,5\nbad")
+    done = run(source, tmp_path / "out")
+    units = load_manifest(str(tmp_path / "out")).units
+    assert (done.rows, units.read, units.kept, units.quarantined) == (305, 303, 302, 1)
+    assert "303 units: 302 kept in 305 rows (train" in capsys.readouterr().err
+    # Parts of 50 units that finished before, and 3 more; of rows there would be 6 more.
+    with pytest.raises(Failed, match=r"1 of (5|10|15|20|25|30)3 units looked at could not be read"):
+        run(source, tmp_path / "other", max_bad_fraction=0)
+
+
+def test_settings_that_the_survey_found_are_those_of_the_ingest(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def survey(sources: list[str], settings: TinySettings) -> corpora.Survey:
+        return replace(corpus.survey(sources, settings), settings={"scale": 3.0})
+
+    monkeypatch.setattr(corpora, "load", lambda kind: replace(corpus, survey=survey))
+    found = run(source, tmp_path / "found")
+    assert load_manifest(str(tmp_path / "found")).settings["scale"] == 3.0
+    monkeypatch.undo()
+    monkeypatch.setattr(corpora, "load", lambda kind: corpus)
+    monkeypatch.setattr(ingest, "LEAST_PART_BYTES", 1)
+    assert run(source, tmp_path / "given", TinySettings(scale=3.0)).digest == found.digest
 
 
 def test_named_settings_filter_and_are_counted(source: Path, tmp_path: Path) -> None:
@@ -214,7 +228,10 @@ def test_nothing_kept_is_a_failure_that_says_why(source: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("vanish", r"a/0\.txt: .* 50 of 51 units"), ("crash", "part 0 ended with ZeroDivisionError: a bug in the corpus")],
+    [
+        ("vanish", r"a/0\.txt: .* 50 of 51 units"),
+        ("crash", r"part 0 \(a/0\.txt unit 0 to a/0\.txt unit 50\) ended with ZeroDivisionError: a bug"),
+    ],
 )
 def test_a_bug_in_a_corpus_is_a_failure_that_names_it(line: str, words: str, source: Path, tmp_path: Path) -> None:
     with (source / "a/0.txt").open("a") as file:
@@ -258,6 +275,106 @@ def test_requests_that_make_no_sense_are_refused_before_anything_is_written(sour
     storage.write_atomic(str(out / "thesis.tex"), b"")
     with pytest.raises(Refused, match="holds other files"):
         run(source, out)
+
+
+def test_a_model_is_loaded_once_an_actor_and_a_killed_one_is_replaced(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "diary").mkdir()
+    with (source / "a/2.txt").open("a") as file:
+        file.write("\nkill\n")
+    settings = TinySettings(diary=str(tmp_path / "diary"), scale=2.0)
+    done = run(source, tmp_path / "out", settings, kind="modelled")
+    assert (done.rows, done.quarantined) == (FILES * LINES, 1)
+    marks = [path.name for path in (tmp_path / "diary").iterdir()]
+    assert "killed" in marks
+    loads = [name.split(".")[1] for name in marks if name.startswith("load.")]
+    assert len(loads) == len(set(loads)) <= 5  # Four actors, and one in place of the killed.
+    taken = ShardReader(str(tmp_path / "out")).take("all", np.arange(done.rows))
+    assert np.array_equal(to_tensor(taken.column("vector"))[:, 0, 0].numpy(), np.tile(2 * np.arange(LINES), FILES))
+    assert {text.split()[1] for text in taken.column("text").to_pylist()} == {"1"}
+    assert run(source, tmp_path / "again", settings, kind="modelled").digest == done.digest
+
+
+def test_a_model_waits_for_a_cpu_aloud_and_not_for_ever(source: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    @ray.remote(num_cpus=4)
+    class Hog:
+        def ready(self) -> bool:
+            return True
+
+    hog = Hog.remote()
+    ray.get(hog.ready.remote())
+    patient = cluster.require_free_cpu
+    monkeypatch.setattr(cluster, "require_free_cpu", partial(patient, patience=0.5))
+    try:
+        for kind in ("modelled", "tiny"):
+            with pytest.raises(Failed, match=r"no CPU became free within 0\.5 s; the cluster has 4"):
+                run(source, tmp_path / kind, kind=kind)
+            assert "waiting for a free CPU" in capsys.readouterr().err
+    finally:
+        ray.kill(hog)
+    monkeypatch.setattr(cluster, "require_free_cpu", patient)  # Ray takes a while to see that the CPUs are free
+    assert run(source, tmp_path / "modelled", kind="modelled").rows == FILES * LINES
+
+
+LINE = st.sampled_from(["g 1", "g 2", "h 70", "h 80", "x", "a b c", "", "i 9" + "9" * 50])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(LINE, max_size=12), min_size=1, max_size=4), st.none() | st.integers(1, 30))
+def test_every_unit_is_kept_quarantined_or_filtered(files: list[list[str]], limit: int | None) -> None:
+    with tempfile.TemporaryDirectory() as home:
+        for number, lines in enumerate(files):
+            storage.write_atomic(f"{home}/{number}.txt", "\n".join(lines).encode())
+        chosen = TinySettings(most=75 if limit is None else 10**60)
+        survey = corpus.survey([home], chosen)
+        units = sum(piece.stop - piece.start for piece in survey.slices)
+        selection = Selection(units, limit, 0.1)
+        payload = [entry for part in ingest._cut(survey.slices) for entry in part.payload]
+        record = read_part(corpus, chosen, survey.context, selection, f"{home}/out", 0, payload)
+    lines = [line for file in files for line in "\n".join(file).splitlines()]
+    looked = [line for unit, line in enumerate(lines) if selection.wanted(unit)]
+    good = [line for line in looked if len(line.split()) == 2 and int(line.split()[1]) <= chosen.most]
+    huge = [line for line in good if int(line.split()[1]) > 1e38]  # It is read, and fits no float32.
+    assert units == len(lines)
+    assert sum(shard["rows"] for shard in record["shards"]) == len(good) - len(huge)
+    assert len(record["bad"]) == len([line for line in looked if len(line.split()) != 2]) + len(huge)
+    assert sum(record["filtered"].values()) == len(lines) - len(good) - len(record["bad"]) + len(huge)
+    assert record["filtered"].get("limit", 0) == len(lines) - len(looked)
+
+
+def test_side_tables_are_kept_beside_the_shards_with_units_of_their_own(source: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.inter"
+    log.write_text("u1 30\nu2 10\ntest 5\nu1\nu1 20\n")
+    settings = TinySettings(log=str(log))
+    with pytest.raises(Failed, match=r"1 of 4 rows of the table 'log' looked at could not be read .*1 x no time"):
+        run(source, tmp_path / "out", settings, kind="logged")
+    assert quarantined(tmp_path / "out") == [("log", 3, "no time")]
+    assert list((tmp_path / "out").glob("shard*")) == []
+    done = run(source, tmp_path / "out", settings, kind="logged", max_bad_fraction=0.25)
+    assert (done.rows, done.quarantined) == (FILES * LINES, 0)
+    reader = ShardReader(str(tmp_path / "out"))
+    (record,) = reader.manifest.tables
+    assert (record.name, record.rows, record.units) == ("log", 3, Units(5, 3, 1, {"test user": 1}))
+    assert record.sha256 == storage.sha256_of_file(tmp_path / "out/log.arrow")
+    assert reader.table("log").to_pydict() == {"user": ["u2", "u1", "u1"], "time": [10, 20, 30]}
+    assert quarantined(tmp_path / "out") == [("log", 3, "no time")]
+    with pytest.raises(Refused, match="no table 'logs'; did you mean 'log'"):
+        reader.table("logs")
+    assert run(source, tmp_path / "two", settings, kind="logged", max_bad_fraction=0.25).digest == done.digest
+    data = bytearray((tmp_path / "two/log.arrow").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "two/log.arrow").write_bytes(data)
+    with pytest.raises(Failed, match=r"two/log\.arrow.*it is damaged"):
+        ShardReader(str(tmp_path / "two")).table("log")
+    (tmp_path / "out/log.arrow").unlink()
+    with pytest.raises(Refused, match=r"table log\.arrow of .* is missing"):
+        ShardReader(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["sources", "quarantine", "../log", "Log", "shard", "twice"])
+def test_a_table_cannot_take_the_name_of_another_file(name: str, tmp_path: Path) -> None:
+    made = [SideTable("twice", pa.table({})), SideTable(name, pa.table({}))]
+    with pytest.raises(Failed, match=f"a corpus named a table '{name}'"):
+        write_tables(iter(made), str(tmp_path))
 
 
 @pytest.mark.parametrize(("units", "limit"), [(1, 1), (7, 3), (300, 7), (100, 99), (10, 10), (10, 50), (97, None)])

@@ -9,9 +9,20 @@ import pytest
 
 from pipelines import storage
 from pipelines.errors import Refused
-from pipelines.manifest import Column, Manifest, ShardRecord, Units, describe, load_manifest, save_manifest, to_json
+from pipelines.manifest import (
+    Column,
+    Manifest,
+    ShardRecord,
+    TableRecord,
+    Units,
+    describe,
+    load_manifest,
+    save_manifest,
+    to_json,
+)
 
 SHARD = ShardRecord("shard-00000-000.arrow", 10, 999, "ab" * 32, {"train": 7, "valid": 2, "test": 1})
+LOG = TableRecord("log", 5, 777, "ef" * 32, Units(7, 5, 1, {"test user": 1}))
 MANIFEST = Manifest(
     kind="images",
     settings={"size": 64},
@@ -46,8 +57,22 @@ def test_the_digest_covers_every_field(field: str) -> None:
         "sources": "dc" * 32,
         "parents": {"shards": "ef" * 32},
         "context": {"classes": ["b", "a"]},
+        "tables": (LOG,),
     }
     assert dataclasses.replace(MANIFEST, **{field: other[field]}).digest != MANIFEST.digest
+
+
+def test_side_tables_make_it_version_2_and_without_them_digests_stay_what_they_were(tmp_path: Path) -> None:
+    with_log = dataclasses.replace(MANIFEST, tables=(LOG,))
+    save_manifest(with_log, str(tmp_path))
+    assert load_manifest(str(tmp_path)) == with_log
+    assert [to_json(manifest)["version"] for manifest in (MANIFEST, with_log)] == [1, 2]
+    # What version 1 wrote before there were tables.
+    assert MANIFEST.digest == "558932f5ce3f49e938921215252ed2c909aa9e10d7ad04e48dfd19c6c4e97b1b"
+    for name in ("../../etc/passwd", "/etc/passwd", "log.arrow", ""):
+        save_manifest(dataclasses.replace(MANIFEST, tables=(dataclasses.replace(LOG, name=name),)), str(tmp_path))
+        with pytest.raises(Refused, match="table name"):
+            load_manifest(str(tmp_path))
 
 
 def test_a_directory_without_manifest_does_not_exist(tmp_path: Path) -> None:
@@ -61,7 +86,7 @@ def test_a_directory_without_manifest_does_not_exist(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"version": 2}, "format version 2; this vqray reads version 1"),
+        ({"version": 3}, "format version 3; this vqray reads 1 and 2"),
         ({"format": "other"}, "not a vqray-shards manifest .format: 'other'"),
         ({"kind": "vectors"}, "it was edited or damaged"),
         ({"digest": None}, "it was edited or damaged"),

@@ -60,11 +60,11 @@ def test_every_record_old_or_new_is_checked_and_a_check_may_stop_the_run(tmp_pat
         run([1, 2, 3, 4], tmp_path, check=stop)
 
 
-def test_what_setup_makes_is_made_once_a_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("actors", [False, True])
+def test_what_setup_makes_is_made_once_a_process(actors: bool, tmp_path: Path) -> None:
     (tmp_path / "loads").mkdir()
-    records = run(
-        list(range(12)), tmp_path / "out", counting.add, setup=partial(counting.load, str(tmp_path / "loads"))
-    )
+    setup = partial(counting.load, str(tmp_path / "loads"))
+    records = run(list(range(12)), tmp_path / "out", counting.add, setup=setup, actors=actors)
     assert [record["sum"] for record in records] == [100 + n for n in range(12)]
     loaded = [path.name.split(".")[0] for path in (tmp_path / "loads").iterdir()]
     assert {str(record["process"]) for record in records} <= set(loaded)
@@ -74,6 +74,18 @@ def test_what_setup_makes_is_made_once_a_process(tmp_path: Path) -> None:
 def test_a_setup_that_refuses_is_heard(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"^no such bundle$"):
         run([1], tmp_path, counting.add, setup=partial(counting.refuse_to_load))
+
+
+def test_a_record_that_cannot_be_written_is_a_failure_in_its_own_words(tmp_path: Path) -> None:
+    with pytest.raises(Failed, match=r"^could not write .*part-00000\.json: Is a directory"):
+        run([0], tmp_path, partial(counting.take_the_place_of_its_record, str(tmp_path)))
+
+
+def test_a_part_that_kills_every_worker_ends_in_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(Failed, match=r"part 1 ended 4 worker processes: .*run this again to go on, without the file"):
+        run([0, 0], tmp_path, counting.die_always)
+    with pytest.raises(Failed, match="part 1 ended 4 worker processes"):
+        run([0, 0], tmp_path, counting.die_always, setup=partial(counting.load, str(tmp_path)), actors=True)
 
 
 def test_a_part_whose_worker_dies_is_done_again(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from pipelines import shards, storage
+from pipelines.columns import batch_of, to_tensor, values_of
 from pipelines.errors import Failed, Refused
 from pipelines.manifest import SPLITS, Manifest, Units, describe, save_manifest
-from pipelines.shards import ROWS_PER_PART, ShardReader, ShardWriter, batch_of, split_of, to_tensor
+from pipelines.shards import ROWS_PER_PART, ShardReader, ShardWriter, split_of
 
 SCHEMA = pa.schema(
     {
@@ -77,6 +78,13 @@ def test_any_rows_of_a_split_are_read_in_the_order_asked_for(split: str, tmp_pat
         vectors = to_tensor(taken.column("vector")).numpy()
         assert vectors.dtype == np.float16
         assert np.array_equal(vectors, np.array([item["vector"] for item in expected], np.float16).reshape(-1, 2, 3))
+        stored, direct = values_of(taken), reader.values(split, asked)
+        assert list(stored) == list(direct)
+        for name, column in stored.items():
+            assert type(column) is type(direct[name])
+            assert pa.array(list(column)).equals(pa.array(list(direct[name]))) if name != "vector" else True
+        assert np.array_equal(stored["vector"], direct["vector"])
+        assert stored["vector"].dtype == direct["vector"].dtype
         if split != "all":
             assert set(taken.column("split").to_pylist()) <= {SPLITS.index(split)}
 
@@ -163,7 +171,7 @@ def test_a_flipped_byte_is_found_at_the_first_touch_and_only_there(tmp_path: Pat
     victim.write_bytes(data)
     reader = ShardReader(str(tmp_path))
     reader.take("all", np.arange(manifest.shards[0].rows))
-    with pytest.raises(Failed, match=f"{victim}.*the shard is damaged"):
+    with pytest.raises(Failed, match=f"{victim}.*it is damaged"):
         reader.take("all", np.array([manifest.shards[0].rows]))
 
 

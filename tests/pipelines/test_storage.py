@@ -95,15 +95,39 @@ def test_listing_is_sorted_relative_and_survives_odd_names_and_link_loops(tmp_pa
     (tmp_path / "b/loop").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "c").symlink_to(tmp_path / "b", target_is_directory=True)
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "itself").symlink_to("itself")
+    (tmp_path / "there").symlink_to("back")
+    (tmp_path / "back").symlink_to("there")
     os.mkfifo(tmp_path / "pipe")
     with open(os.fsencode(tmp_path) + b"/\xff", "wb"):
         pass
     listed = storage.list_files(str(tmp_path))
-    assert [entry.name for entry in listed] == ["\\xff", "a", "b.x", "b/10", "b/2", "c/10", "c/2", "dangling"]
-    assert [entry.bytes for entry in listed] == [0, 1, 3, 4, 3, 4, 3, 0]
+    files = {"\\xff": 0, "a": 1, "b.x": 3, "b/10": 4, "b/2": 3, "c/10": 4, "c/2": 3}
+    links = dict.fromkeys(["back", "dangling", "itself", "there"], 0)
+    assert {entry.name: entry.bytes for entry in listed} == {**files, **links}
+    assert listed == sorted(listed)
+    for link in links:
+        with pytest.raises((Refused, Failed), match=link):
+            storage.read_bytes(str(tmp_path / link))
     assert storage.read_bytes(listed[0].uri) == b""
     assert storage.read_bytes(listed[3].uri) == b"b/10"
     assert storage.list_files(str(tmp_path / "a")) == [storage.Entry("a", str(tmp_path / "a"), 1)]
+
+
+def test_folders_deeper_than_python_may_call_are_listed(tmp_path: Path) -> None:
+    depth = 1200  # A path has at most 4,096 bytes; what lies deeper no system call takes by name.
+    handle = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=handle)
+        below = os.open("d", os.O_RDONLY, dir_fd=handle)
+        os.close(handle)
+        handle = below
+    os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=handle))
+    os.close(handle)
+    try:
+        assert [entry.name for entry in storage.list_files(str(tmp_path))] == ["d/" * depth + "file"]
+    finally:
+        subprocess.run(["rm", "-r", str(tmp_path / "d")], check=True)  # Deeper than shutil.rmtree may call.
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -190,6 +214,21 @@ def test_s3_roundtrip(bucket: str, tmp_path: Path) -> None:
     storage.remove(f"{bucket}/d")
     storage.remove(f"{bucket}/d")
     assert [entry.name for entry in storage.list_files(bucket)] == ["d-other"]
+
+
+def test_large_files_go_to_s3_in_parts(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import boto3
+
+    monkeypatch.setattr(storage, "MULTIPART_BYTES", 5 * 2**20)
+    data = os.urandom(2**20) * 12 + b"the end"
+    (tmp_path / "big").write_bytes(data)
+    storage.upload(tmp_path / "big", f"{bucket}/big")
+    tag = boto3.client("s3").head_object(Bucket=bucket.removeprefix("s3://"), Key="big")["ETag"]
+    assert tag.strip('"').endswith("-3")
+    assert storage.size(f"{bucket}/big") == len(data)
+    assert storage.read_bytes(f"{bucket}/big") == data
+    assert storage.read_bytes(f"{bucket}/big", 5 * 2**20 - 3, 5 * 2**20 + 3) == data[5 * 2**20 - 3 : 5 * 2**20 + 3]
+    assert storage.local_copy(f"{bucket}/big", storage.sha256_of_bytes(data)).read_bytes() == data
 
 
 @pytest.mark.parametrize("read", [storage.size, storage.list_files, storage.read_bytes, storage.local_copy])

@@ -95,7 +95,9 @@ def test_threads_do_not_change_ties_or_codes(threads: int) -> None:
 SPLITS = [[1500], [1] * 30 + [1470], [750, 750], [513, 987], [1499, 1], [0, 1024, 476], [7, 100, 1393]]
 
 
-@pytest.mark.parametrize(("num_codes", "dim"), [(64, 3), (100, 64), (1000, 8), (3000, 32), (40, 5000)])
+@pytest.mark.parametrize(
+    ("num_codes", "dim"), [(64, 3), (100, 64), (256, 8), (256, 300), (1000, 8), (3000, 32), (40, 5000)]
+)
 def test_no_split_of_a_batch_changes_a_code(num_codes: int, dim: int) -> None:
     """Every code has a neighbour 2e-7 away: rounding decides, so it must not depend on the split."""
     half = random(num_codes // 2, dim, seed=1)

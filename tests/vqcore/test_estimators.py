@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqcore.estimators import rotate, straight_through, substitute_noise
+from vqcore.estimators import rotate, straight_through, straight_through_in_place, substitute_noise
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -61,6 +61,18 @@ def test_output_may_be_changed_in_place_without_reaching_the_codebook(estimator)
     torch.relu_(estimator(x, q)).sum().backward()
     assert torch.equal(q, before)
     assert x.grad is not None
+
+
+def test_in_place_it_is_the_given_memory_and_may_be_written_to() -> None:
+    x, q = random(5, 3).requires_grad_(), random(5, 3, seed=1)
+    wanted = straight_through(x, q)
+    out = straight_through_in_place(x, q)
+    assert torch.equal(out, wanted)
+    assert out.data_ptr() == q.data_ptr()
+    torch.relu_(out).sum().backward()
+    assert torch.equal(x.grad, (wanted > 0).to(x.dtype))
+    with pytest.raises(ValueError, match="one code a row"):
+        straight_through_in_place(x, q[:2])
 
 
 @pytest.mark.parametrize("estimator", [straight_through, rotate])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqcore.losses import psnr, squared_error
+from vqcore.losses import passing_squared_error, psnr, squared_error
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -83,6 +83,48 @@ def test_refusals() -> None:
         squared_error(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"torch\.float32"):
         squared_error(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("uses", ["both", "sum", "x"])
+def test_the_passed_x_and_the_sum_have_the_gradients_they_would_have_apart(uses: str, dtype: torch.dtype) -> None:
+    x, y, g = (random(300, 7, seed=seed).to(dtype) for seed in range(3))
+    x.requires_grad_()
+    passed, found = passing_squared_error(x, y)
+    assert torch.equal(passed, x)
+    expected = ((x.detach().double() - y.double()) ** 2).sum()
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-7, atol=0)
+    y.fill_(torch.nan)  # kept by nobody
+    apart = {"both": g + 0.6 * (x.detach() - random(300, 7, seed=1).to(dtype)), "x": g}
+    apart["sum"] = apart["both"] - g
+    reached = {"both": (passed * g).sum() + 0.3 * found, "sum": 0.3 * found, "x": (passed * g).sum()}[uses]
+    # Twice over the same graph: the first time nothing of it may be overwritten, the second time it may.
+    for kept in (True, False):
+        (found_gradient,) = torch.autograd.grad(reached, x, retain_graph=kept)
+        torch.testing.assert_close(found_gradient, apart[uses], rtol=1e-5, atol=1e-6)
+
+
+def test_the_sum_that_passes_x_on_can_be_differentiated_twice() -> None:
+    x, y = random(4, 3).double().requires_grad_(), random(4, 3, seed=1).double()
+
+    def mixed(x: Tensor) -> Tensor:
+        passed, found = passing_squared_error(x, y)
+        return passed.sin().sum() * found + found.square()
+
+    assert torch.autograd.gradcheck(mixed, x)
+    assert torch.autograd.gradgradcheck(mixed, x)
+
+
+def test_the_sum_that_passes_x_on_does_not_depend_on_the_split() -> None:
+    x, y = random(1000, 24), random(1000, 24, seed=1)
+    whole = passing_squared_error(x, y)[1]
+    parts = [passing_squared_error(a, b)[1] for a, b in zip(x.split(77), y.split(77), strict=True)]
+    assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-14)
+    assert float(passing_squared_error(x[:0], y[:0])[1]) == 0
+    with pytest.raises(ValueError, match=r"\(1000, 24\).*\(24,\)"):
+        passing_squared_error(x, y[0])
+    with pytest.raises(ValueError, match=r"float32.*float64"):
+        passing_squared_error(x, y.double())
 
 
 def test_psnr() -> None:

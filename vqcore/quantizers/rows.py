@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from vqcore import noise
-from vqcore.codebook import finite_rows, only
+from vqcore.codebook import finite_rows, known_all, known_finite, only
 
 
 class Rows(NamedTuple):
@@ -20,6 +20,8 @@ class Rows(NamedTuple):
     """Neither masked nor non-finite."""
     non_finite: Int64[Tensor, ""]
     """Number of unmasked vectors with a NaN or an infinity."""
+    whole: bool
+    """Known to be all valid, so that nothing has to be set apart. Only ever known on CPU, where asking is free."""
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -41,14 +43,16 @@ def rows_of(
         )
     flat = x.reshape(-1, code_dim).to(dtype)
     with torch.no_grad():
-        finite = finite_rows(flat)
-        if mask is None:
-            wanted = torch.ones_like(finite)
-        else:
+        if mask is None and known_finite(flat):
+            every = torch.ones(len(flat), dtype=torch.bool)
+            return Rows(flat, every, torch.zeros((), dtype=torch.int64), True)
+        valid = finite = finite_rows(flat)
+        bad = ~finite
+        if mask is not None:
             wanted = _flat("mask", mask, x, torch.bool)
-        valid = finite & wanted
-        non_finite = (wanted & ~finite).sum()
-    return Rows(only(valid, flat), valid, non_finite)
+            valid, bad = finite & wanted, wanted & bad
+        whole = known_all(valid)
+    return Rows(flat if whole else only(valid, flat), valid, bad.sum(), whole)
 
 
 def keys_of(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vqcore import assign, losses
 from vqcore.codebook import Codebook, only, pick, unit
-from vqcore.estimators import straight_through
+from vqcore.estimators import straight_through, straight_through_in_place
 from vqcore.quantizers import from_data
 from vqcore.quantizers.arguments import check_estimator, check_rule, check_seeding, check_sizes, check_weights
 from vqcore.quantizers.contract import Quantized, VectorBatch, per_element, quantized
@@ -130,10 +130,13 @@ class VectorQuantizer(nn.Module):
             rows = self._on_sphere(given)
             readable = self.codebook.readable()
             codes = self._assign(rows, readable)
-            chosen = pick(readable, codes)
-            # Before the loss: going back autograd then adds the output's gradient into the loss's, in place.
-            output = only(rows.valid, self.estimator(rows.x, chosen)) if self.training else chosen
-            squared = losses.squared_error(rows.x, chosen)
+            chosen = readable.index_select(0, codes) if rows.whole else pick(readable, codes)
+            if self.training:
+                passed, squared = losses.passing_squared_error(rows.x, chosen)
+                output = self._estimate(passed, chosen)
+                output = output if rows.whole else only(rows.valid, output)
+            else:
+                output, squared = chosen, losses.squared_error(rows.x, chosen)
             objective = self._objective(rows, codes, squared)
             if self.training:
                 count, world = self._learn(rows, codes, x, keys)
@@ -182,7 +185,12 @@ class VectorQuantizer(nn.Module):
         return rows._replace(x=unit(rows.x)) if self.metric == "cosine" else rows
 
     def _assign(self, rows: Rows, vectors: Tensor) -> Tensor:
-        return assign.nearest(rows.x.detach(), vectors, metric=self.metric).masked_fill(~rows.valid, -1)
+        codes = assign.nearest(rows.x.detach(), vectors, metric=self.metric)
+        return codes if rows.whole else codes.masked_fill(~rows.valid, -1)
+
+    def _estimate(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """The estimator's output. Nobody reads `chosen` afterwards, so straight-through needs no copy of it."""
+        return (straight_through_in_place if self.estimator is straight_through else self.estimator)(x, chosen)
 
     def _objective(self, rows: Rows, codes: Tensor, squared: Tensor) -> Tensor:
         """Commitment, and where the codebook is learned |sg(x) - code|^2 (equation 3), summed over vectors and D."""

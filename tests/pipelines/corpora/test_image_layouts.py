@@ -15,7 +15,8 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from pipelines.corpora import NOT_TEST, Bad, Row, Survey, _image_tables, _image_tars, images
+from pipelines import storage
+from pipelines.corpora import NOT_TEST, Bad, Row, Survey, _image_tables, _tars, images
 from pipelines.corpora.images import ImageSettings
 from pipelines.errors import Refused
 
@@ -214,11 +215,35 @@ def test_large_tars_are_cut_into_slices_that_read_the_same(
 ) -> None:
     tar_of(tmp_path / name, webdataset(), mode)
     two = 2 * max(len(png(10 * n)) for n in range(5))
-    monkeypatch.setattr(_image_tars, "SLICE_BYTES", two)
-    monkeypatch.setattr(_image_tars, "COMPRESSED_SLICE_BYTES", two)
+    monkeypatch.setattr(_tars, "SLICE_BYTES", two)
+    monkeypatch.setattr(_tars, "COMPRESSED_SLICE_BYTES", two)
     survey = surveyed(tmp_path)
     assert [piece.stop - piece.start for piece in survey.slices] == [2, 2, 1]
     assert shades(rows(survey)) == [0, 10, 20, 30, 40]
+
+
+def test_of_a_large_tar_the_survey_reads_little_more_than_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, count = 2**20, 40
+    with (tmp_path / "x.tar").open("wb") as file:
+        for n in range(count):
+            info = tarfile.TarInfo(f"{n}.png")
+            info.size = size
+            file.seek(n * (size + 512))
+            file.write(info.tobuf(tarfile.USTAR_FORMAT))
+        file.truncate(count * (size + 512) + 1024)
+    read: list[int] = []
+
+    class Counting(io.FileIO):
+        def readinto(self, buffer: memoryview) -> int:
+            read.append(super().readinto(buffer))
+            return read[-1]
+
+    monkeypatch.setattr(_tars.storage, "open_read", lambda uri: io.BufferedReader(Counting(uri), 2**13))
+    slices, _ = images.tars.of_tar(storage.list_files(str(tmp_path))[0], "")
+    assert sum(piece.stop - piece.start for piece in slices) == count
+    assert sum(read) < count * size / 16
 
 
 def link(name: str, kind: bytes) -> tarfile.TarInfo:

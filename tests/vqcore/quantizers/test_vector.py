@@ -144,6 +144,24 @@ def test_the_output_is_the_code_with_the_gradient_of_the_estimator(kind: dict[st
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_decoder_may_write_over_the_output_and_the_graph_may_be_used_twice(kind: dict[str, Any]) -> None:
+    """nn.ReLU(inplace=True) is many decoders' first layer."""
+    q, x = made(**kind), drawn(1, 20, D).requires_grad_()
+    before = q.codebook.readable().clone()
+    out = q(x)
+    codes = out.codes.clone()
+    torch.relu_(out.vectors)
+    whole = out.vectors.square().sum() + out.loss
+    first, second = (torch.autograd.grad(whole, x, retain_graph=kept)[0] for kept in (True, False))
+    assert torch.equal(first, second)
+    again = made(**kind)
+    again.codebook.set_vectors(before)
+    out = again(x)
+    assert torch.equal(out.codes, codes)
+    torch.testing.assert_close(torch.autograd.grad(out.vectors.relu().square().sum() + out.loss, x)[0], first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_evaluation_loss_is_the_mean_of_this_call(kind: dict[str, Any]) -> None:
     q = made(**kind).eval()
     out = q(drawn(1, 30, D), drawn(2, 30) > 0)

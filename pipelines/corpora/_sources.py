@@ -1,0 +1,25 @@
+"""What every kind does with the files under its sources: names that stay apart, and why a file is no unit."""
+
+from pathlib import PurePosixPath
+
+
+def prefixes(sources: list[str]) -> list[str]:
+    """Of several sources, each name begins with its source's last word, numbered where two are the same."""
+    if len(sources) == 1:
+        return [""]
+    words = [PurePosixPath(source).name for source in sources]
+    return [f"{word}/" if words.count(word) == 1 else f"{n}-{word}/" for n, word in enumerate(words)]
+
+
+def is_hidden(name: str) -> bool:
+    """Names that belong to a file system and hold no data, such as the `._photo.jpg` that macOS puts into archives."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
+def why_ignored(name: str, what: str) -> str:
+    """Why a file is not `what` ("an image file"), in words that are few over a whole corpus."""
+    if is_hidden(name):
+        return "hidden file"
+    suffix = PurePosixPath(name).suffix.lower()
+    known = len(suffix) <= 6 and suffix[1:].isalnum() and not suffix[1:].isdigit()
+    return f"not {what} ({suffix if known else 'no suffix'})"
