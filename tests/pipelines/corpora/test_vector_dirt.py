@@ -239,7 +239,7 @@ def test_damage_inside_a_deflated_member_costs_what_lies_behind_it(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipelines.corpora._vector_zips.CHUNK_BYTES", 4096)
-    rows = RANDOM.standard_normal((20_000, 4))
+    rows = np.random.default_rng(0).standard_normal((20_000, 4))
     np.savez_compressed(source / "b.npz", x=rows)
     data = bytearray((source / "b.npz").read_bytes())
     middle = len(data) // 2
