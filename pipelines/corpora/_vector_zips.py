@@ -1,13 +1,16 @@
-"""Arrays of .npz archives, never extracted: of stored members any range is read, deflated ones are read through."""
+"""Arrays of .npz archives, never extracted. Deflated and small members are read through, and checked by their checksum
+before a row of them goes out; of large stored ones any range is read, unchecked as in a .npy file."""
 
 import struct
 import zipfile
 import zlib
+from functools import lru_cache
 from typing import IO, Any
 
 from pipelines import storage
 from pipelines.corpora._vector_arrays import (
     CHUNK_BYTES,
+    SLICE_BYTES,
     Block,
     Blocks,
     Found,
@@ -81,12 +84,13 @@ def _member(archive: zipfile.ZipFile, file: IO[bytes], info: zipfile.ZipInfo, en
     found = raw(key, head, info.file_size)
     if found.there < (found.shape[0] if found.shape else 0):
         raise Unreadable("a member is shorter than its own header promises")
-    if info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size:
+    stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+    if stored and info.file_size > SLICE_BYTES:
         return raw(key, head, entry.bytes, _data_offset(file, info))
     if found.place["order"] == "F" and info.file_size > MOST_FORTRAN:
         raise Unreadable("a deflated array in Fortran order of more than 256 MiB: save it in C order")
     place = {**found.place, "member": info.filename}
-    return Found(key, found.shape, found.dtype, "deflated", place, found.there, coarse=True)
+    return Found(key, found.shape, found.dtype, "zipped", place, found.there, coarse=True)
 
 
 def _data_offset(file: IO[bytes], info: zipfile.ZipInfo) -> int:
@@ -98,15 +102,18 @@ def _data_offset(file: IO[bytes], info: zipfile.ZipInfo) -> int:
     return info.header_offset + LOCAL_HEADER.size + int(name) + int(extra)
 
 
-def read_deflated(uri: str, found: Found, start: int, stop: int, needed: Needed) -> Blocks:
-    """Samples [start, stop) of a deflated member: what lies before them is inflated and dropped.
+def read_zipped(uri: str, found: Found, start: int, stop: int, needed: Needed) -> Blocks:
+    """Samples [start, stop) of a deflated or small member: what lies before them is inflated and dropped.
 
     Raises:
-        Unreadable: the archive is damaged from here on.
+        Unreadable: the member is damaged.
     """
+    if not needed(start, stop):
+        return
     size = found.sample_bytes
     step = max(1, CHUNK_BYTES // size)
     try:
+        _check_sum(uri, found.place["member"])
         with (
             storage.open_read(uri) as file,
             zipfile.ZipFile(file) as zipped,
@@ -126,7 +133,19 @@ def read_deflated(uri: str, found: Found, start: int, stop: int, needed: Needed)
     except (Refused, Failed):
         raise
     except DAMAGE as damage:
-        raise Unreadable(f"the archive cannot be read from here on ({type(damage).__name__})") from None
+        raise Unreadable(f"its member of the archive is damaged ({type(damage).__name__})") from None
+
+
+@lru_cache(maxsize=1024)
+def _check_sum(uri: str, member: str) -> None:
+    """Read a member to its end, where zipfile compares the checksum; once a process.
+
+    Damaged bytes can inflate to numbers that look like any others, and only the end tells. Rows that went out before
+    could not be called back.
+    """
+    with storage.open_read(uri) as file, zipfile.ZipFile(file) as archive, archive.open(member) as data:
+        while data.read(CHUNK_BYTES):
+            pass
 
 
 def _skip(data: Any, count: int) -> None:

@@ -23,12 +23,12 @@ from pipelines.corpora._vector_raw import read_raw
 from pipelines.corpora._vector_settings import VectorSettings
 from pipelines.corpora._vector_tables import read_parquet
 from pipelines.corpora._vector_torch import read_pt
-from pipelines.corpora._vector_zips import read_deflated
+from pipelines.corpora._vector_zips import read_zipped
 from pipelines.errors import Failed, Refused
 
 READERS: dict[str, Callable[[str, Found, int, int, Needed], Blocks]] = {
     "raw": read_raw,
-    "deflated": read_deflated,
+    "zipped": read_zipped,
     "pt": read_pt,
     "parquet": read_parquet,
 }

@@ -4,7 +4,7 @@ One thread reads the slices of made-up files and writes their shards, as a task 
 Seconds are those of the processor, so a busy machine changes little; waiting for a disk or a network is not in them.
 The projection multiplies: it takes for granted that cores do not hinder each other, as tasks share nothing.
 Requests to S3 are those of reading slices (64 MiB as a rule; a file each, where files are small) and of writing shards
-in multipart uploads, with the sizes that s3fs takes.
+in multipart uploads.
 """
 
 import json
@@ -16,14 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from s3fs.core import calculate_chunksize
-
 from pipelines import corpora
 from pipelines.corpora import Slice
 from pipelines.errors import Refused
 from pipelines.ingest import MOST_PART_BYTES
 from pipelines.reading import Selection, read_part
 from pipelines.shards import SHARD_BYTES
+from pipelines.storage import MULTIPART_BYTES
 from tests.benchmarks.kind_inputs import MAKERS, Input
 from tests.benchmarks.timing import one_thread
 
@@ -112,11 +111,11 @@ def project(rows: int, bytes_in: int, bytes_out: int, requests: float, seconds: 
     """What a billion rows take, from what `rows` took; `requests` read them."""
     scale = BILLION / rows
     shards = math.ceil(bytes_out * scale / SHARD_BYTES)
-    chunk = calculate_chunksize(SHARD_BYTES)
-    # s3fs sends a file below two chunks in one request; a larger one begins, sends its chunks and ends.
-    puts_a_shard = 1 if 2 * chunk > SHARD_BYTES else 2 + math.ceil(SHARD_BYTES / chunk)
-    records = math.ceil(bytes_in * scale / MOST_PART_BYTES)
-    return Projection(seconds * scale / 3600, math.ceil(requests * scale), shards * puts_a_shard + records)
+    # A multipart upload begins, sends its parts and ends.
+    puts_a_shard = 2 + math.ceil(SHARD_BYTES / MULTIPART_BYTES)
+    # A part of the ingest leaves a mark when it is begun and a record when it is done.
+    notes = 2 * math.ceil(bytes_in * scale / MOST_PART_BYTES)
+    return Projection(seconds * scale / 3600, math.ceil(requests * scale), shards * puts_a_shard + notes)
 
 
 def _payload(slices: list[Slice]) -> tuple[list[list[Any]], int]:

@@ -8,11 +8,11 @@ from tests.benchmarks.bench_kinds import measure, project
 
 
 def test_a_billion_rows_by_hand() -> None:
-    """4,096 bytes a row are 4.096 TB: 61,036 ranges of 64 MiB, 30,518 shards of 128 MiB in 3 chunks of 50 MiB each."""
+    """4,096 bytes a row are 4.096 TB: 61,036 ranges of 64 MiB, 30,518 shards of 128 MiB in 8 parts of 16 MiB each."""
     made = project(1000, 4_096_000, 4_096_000, requests=4_096_000 / 2**26, seconds=0.036)
     assert made.core_hours == pytest.approx(10)
     assert made.gets == 61_036
-    assert made.puts == 30_518 * (1 + 3 + 1) + 15_259
+    assert made.puts == 30_518 * (1 + 8 + 1) + 2 * 15_259
     assert project(1000, 4_096_000, 4_096_000, requests=500, seconds=1.0).gets == 500_000_000
 
 

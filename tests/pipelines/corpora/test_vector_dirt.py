@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -235,21 +236,20 @@ def test_a_member_that_is_shorter_than_its_header_says(source: Path) -> None:
         assert read(source).reasons == ["a member is shorter than its own header promises"]
 
 
-def test_damage_inside_a_deflated_member_costs_what_lies_behind_it(
-    source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipelines.corpora._vector_zips.CHUNK_BYTES", 4096)
-    rows = RANDOM.standard_normal((20_000, 4))
-    np.savez_compressed(source / "b.npz", x=rows)
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("seed", range(4))
+def test_damage_that_only_a_checksum_tells(save: Callable[..., None], seed: int, source: Path) -> None:
+    """Of these seeds, damaged bytes inflate to an error for some and to numbers like any others for the rest."""
+    rows = np.random.default_rng(seed).standard_normal((20_000, 4))
+    save(source / "b.npz", x=rows)
     data = bytearray((source / "b.npz").read_bytes())
     middle = len(data) // 2
     data[middle : middle + 2000] = bytes(2000)
     (source / "b.npz").write_bytes(data)
-    found = read(source / "b.npz")
-    # Inflated bytes may be wrong shortly before zlib notices; what is far before the damage is not.
-    assert np.array_equal(found.values[:8000], rows[:8000].astype(np.float32))
-    assert len(found.rows) < 12_000
-    assert any(reason.startswith("the archive cannot be read from here on (") for reason in found.reasons)
+    found = read(source, wanted=lambda unit: unit % 100 == 0)
+    assert np.array_equal(found.values, GOOD[:1])
+    assert len(found.reasons) == 200
+    assert found.reasons[0].startswith("its member of the archive is damaged (")
 
 
 def test_names_in_an_archive_are_keys_and_never_paths(source: Path) -> None:
