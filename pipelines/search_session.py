@@ -122,14 +122,14 @@ def value_of(trial: Trial, name: str) -> float:
     Raises:
         Failed: no such metric; the message names the nearest.
     """
-    values = {**trial.metrics, "seconds": trial.seconds, "steps": trial.steps, "parameters": trial.parameters}
+    values = trial.values()
     found = values.get(name)
     if found is None:
         raise Failed(
             f"trial {trial.number} has no metric {name!r}; {nearest_names(name, values)}."
             " Run the same command with another --objective; with --sampler adaptive or --asha also another --out."
         )
-    return float(found)
+    return found
 
 
 def _proposed(out: str) -> list[int]:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from pipelines import storage
 
 RECORD = "trial.json"
+COSTS = ("seconds", "steps", "parameters")
+"""What a trial costs beside bits; objectives as its metrics are."""
 _NAME = re.compile(r"\d{5,}/trial\.json")
 
 
@@ -37,6 +39,11 @@ class Trial:
     """The traceback of a failed trial."""
     grown_from: int | None = None
     """Number of the trial whose codebook this one grew from."""
+
+    def values(self) -> dict[str, float]:
+        """What may be an objective: the metrics on valid, and what the trial cost."""
+        costs = {name: getattr(self, name) for name in COSTS}
+        return {**self.metrics, **{name: float(value) for name, value in costs.items() if value is not None}}
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
