@@ -8,6 +8,7 @@ Examples:
   vqray tune --recipe rotation_trick --shards shards/ --out kd --set num_codes=choice:256,512 code_dim=8..64:log2
   vqray tune --recipe rotation_trick --shards shards/ --out area --capacity 16384
   vqray tune --recipe plain_vq --shards shards/ --out any --sampler adaptive --trials 40 --repeats 3
+  vqray tune --recipe plain_vq --shards shards/ --out any --pick 'min:distortion@bits<=512' --register cells
 """
 
 import argparse
@@ -44,6 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--retry-failed", action="store_true", help="try trials again that are recorded as failed")
 
+    parser.add_argument(
+        "--pick",
+        metavar="RULE",
+        help="the champion: knee, or e.g. 'min:distortion@bits<=12' (knee; of one objective, its best)",
+    )
+    parser.add_argument("--register", metavar="NAME", help="publish the champion under this name, as NAME@champion")
+
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from pipelines.search_plan import Search
@@ -69,13 +77,24 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             gpus_per_worker=arguments.gpus_per_worker,
             checkpoint_every=arguments.checkpoint_every,
             retry_failed=arguments.retry_failed,
+            pick=arguments.pick,
+            register=arguments.register,
         )
     )
     states = Counter(trial.state for trial in searched.trials)
+    found = searched.conclusion
+    names = [name for name, _ in searched.objectives]
     return {
         "out": searched.out,
         "digest": searched.digest,
         "skipped": searched.skipped,
         "trials": dict(states),
         "run_id": searched.run_id,
+        "front": [
+            {"trials": point["trials"], **point["settings"], **{name: point["valid"][name] for name in names}}
+            for point in found.front
+        ],
+        "champion": {name: found.champion[name] for name in ("trial", "settings", "why", "bundle", "bundle_digest")},
+        "metrics": found.champion["test"],
+        **({"registered": found.registered} if found.registered else {}),
     }

@@ -18,11 +18,14 @@ from pipelines.errors import Refused
 from pipelines.feed import read_columns, to_batch
 from pipelines.parts import run_parts
 from pipelines.pictures import usage_plot
+from pipelines.recipe import Recipe
 from pipelines.shards import ShardReader
 from pipelines.trained import Trained
 from vqcore import metrics
 
 PICTURED = 8
+SHARED = ("rows", "num_codes", "usage", "perplexity", "dead_codes", "gini", "bits_per_row")
+"""Metrics that every recipe has."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,28 @@ def measure(model: Trained, reader: ShardReader, split: str) -> dict[str, float]
         raise Refused(f"{reader.uri} has no rows in its {split} split; ingest more files, or with a larger --holdout.")
     shards = range(len(reader.manifest.shards))
     return _metrics(model, _summed(_measure_shard(reader.uri, split, shard, None, model) for shard in shards))
+
+
+def metric_names(found: Recipe) -> set[str] | None:
+    """Names that a recipe's metrics can have, asked of it with sums of 1; None where it cannot tell."""
+    try:
+        own = found.summarise(_Ones())
+    except Exception:
+        return None
+    return {*SHARED, *own}
+
+
+class _Ones(dict[str, Tensor]):
+    """Has every sum."""
+
+    def __missing__(self, name: str) -> Tensor:
+        return torch.ones((), dtype=torch.float64)
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def get(self, name: str, default: Any = None) -> Tensor:
+        return self[name]
 
 
 def _metrics(model: Trained, sums: dict[str, Tensor]) -> dict[str, float]:

@@ -1,10 +1,23 @@
 """The pictures that runs and evaluations leave behind. Figures are made without a display and without pyplot."""
 
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
+
+Place = tuple[float, float]
+STATES = {
+    "finished": ("#0072b2", "o", "trials finished"),
+    "pruned": ("#999999", "x", "stopped early"),
+    "failed": ("#000000", "x", "failed"),
+}
+"""State of a trial -> colour, marker, word. Blue, vermilion and yellow are told apart by all kinds of eyes."""
+NAMED = 16
+"""Points of a front that are named; more names would cover each other."""
 
 
 def grid_over(
@@ -45,6 +58,56 @@ def usage_plot(counts: Tensor, title: str) -> Figure:
     axis.set(title=title, xlabel="codes, most used first", ylabel="share of vectors", xlim=(0, counts.shape[-1] - 1))
     axis.set_ylim(0, max(2 / counts.shape[-1], axis.get_ylim()[1]))
     axis.legend(frameon=False)
+    return figure
+
+
+def front_plot(
+    placed: Mapping[str, Sequence[Place]],
+    best: Sequence[tuple[float, float, str]],
+    champion: Place | None,
+    *,
+    names: tuple[str, str],
+    step: Literal["pre", "post"] | None,
+    title: str,
+    missing: Mapping[str, int],
+    falling: bool = True,
+) -> Figure:
+    """Trials of a search on two axes, with its front.
+
+    Args:
+        placed: state -> (x, y) of its trials.
+        best: (x, y, name) of the points on the front.
+        names: of the axes, with units.
+        step: draw the front as a step line, level behind a point (post: less is better to the right of it) or before.
+        missing: state -> trials that have no place, counted in the legend.
+        falling: less is better upwards too; else more is, and the line rises.
+    """
+    figure = Figure(figsize=(7.2, 4.6), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    for state, pairs in placed.items():
+        colour, marker, word = STATES[state]
+        across, up = zip(*pairs, strict=True)
+        axis.scatter(
+            across, up, s=22, c=colour, marker=marker, alpha=0.75, linewidths=1, label=f"{len(pairs)} {word}", zorder=2
+        )
+    for state, count in missing.items():
+        axis.plot([], [], " ", label=f"{count} {STATES[state][2]}: not shown, no metrics")
+    ordered = sorted(best)
+    x, y = [place[0] for place in ordered], [place[1] for place in ordered]
+    if step and ordered:
+        axis.step(x, y, where=step, color="#d55e00", linewidth=1.4, zorder=3)
+    axis.scatter(x, y, s=34, c="#d55e00", label=f"front ({len(x)})", zorder=4)
+    for place in ordered[:NAMED]:
+        axis.annotate(place[2], place[:2], xytext=(4, 5), textcoords="offset points", fontsize=7, color="0.25")
+    if champion is not None:
+        axis.scatter(*champion, s=210, marker="*", c="#f0e442", edgecolors="black", label="champion", zorder=5)
+    every = [pair for pairs in placed.values() for pair in pairs]
+    for values, scale in (([p[0] for p in every], axis.set_xscale), ([p[1] for p in every], axis.set_yscale)):
+        if values and min(values) > 0 and max(values) >= 10 * min(values):
+            scale("log")
+    axis.set(xlabel=names[0], ylabel=names[1], title=title)
+    axis.grid(color="0.9", linewidth=0.6, which="both")
+    axis.legend(frameon=False, fontsize=8, loc="upper right" if falling else "lower right")
     return figure
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from pipelines import recipe, sampling, storage, train, trial_run
-from pipelines.errors import Refused
+from pipelines import evaluate, front, recipe, registry, sampling, storage, train, trial_run, trials
+from pipelines.errors import Refused, nearest_names
 from pipelines.feasibility import Feasibility
 from pipelines.options import validated
 from pipelines.recipe import Recipe
@@ -30,7 +30,8 @@ RUNGS = 3
 
 @dataclass(frozen=True)
 class Search:
-    """What the user asked for. `trials`, `concurrent`, `workers`, GPUs and restarts may differ on a rerun."""
+    """What the user asked for. `trials`, `pick`, `register`, `concurrent`, `workers`, GPUs and restarts may differ on a
+    rerun."""
 
     recipe: str
     shards: str
@@ -57,6 +58,10 @@ class Search:
     restarts: int = 3
     """How often a trial whose process died is tried again."""
     retry_failed: bool = False
+    pick: str | None = None
+    """How the champion is picked; None: the knee, or the best of the one objective."""
+    register: str | None = None
+    """The name under which the champion is published."""
 
 
 class Plan:
@@ -83,6 +88,7 @@ class Plan:
         )
         self.sampler = self._sampler()
         self.objectives = [_objective(word) for word in self._words_of_objectives()]
+        self.rule = self._rule()
 
     def check(self) -> None:
         """Refuse what cannot end well, before anything is written or started."""
@@ -207,6 +213,22 @@ class Plan:
         if self.request.objectives:
             return self.request.objectives
         return ("min:distortion",) if self.request.asha else ("min:distortion", "min:bits_per_row")
+
+    def _rule(self) -> front.Rule:
+        """How the champion is picked. Names of metrics are checked here, before there are any."""
+        if self.request.register is not None:
+            registry.check_name(self.request.register)
+        known = evaluate.metric_names(self.found)
+        if known is not None:
+            known |= {"distortion", *trials.COSTS}
+            for name, direction in self.objectives:
+                if name not in known:
+                    raise Refused(
+                        f"--objective {direction}:{name}: trials have no metric {name!r}; {nearest_names(name, known)}."
+                    )
+        if self.request.pick is not None:
+            return front.parse_rule(self.request.pick, known)
+        return front.Rule(self.objectives[0] if len(self.objectives) == 1 else None)
 
     def _check_early_stopping(self) -> None:
         request = self.request

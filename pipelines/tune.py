@@ -20,7 +20,8 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
-from pipelines import cluster, storage, tracking, train, trial_run
+from pipelines import cluster, search_report, storage, tracking, train, trial_run
+from pipelines.champion import Conclusion, conclude
 from pipelines.claims import claim
 from pipelines.errors import Failed
 from pipelines.mailbox import Mailbox, Outbox
@@ -46,10 +47,12 @@ class Searched:
     run_id: str | None
     objectives: list[tuple[str, str]]
     """(metric, min or max)"""
+    conclusion: Conclusion
+    """Its front and champion."""
 
 
 def search(request: Search) -> Searched:
-    """Run every trial of a search that has not ended yet, below `<out>/trials`; all trials, by number.
+    """Run every trial of a search that has not ended yet, below `<out>/trials`; then its front, report and champion.
 
     Raises:
         Refused: a mistake in the request, before anything is started.
@@ -74,19 +77,34 @@ def search(request: Search) -> Searched:
     storage.write_json_atomic(storage.join(plan.out, "tracking.json"), {"run_id": run.id})
     try:
         _schedule(session, slots, run)
+        storage.remove(storage.join(plan.out, "ray"))
+        searched = _searched(session, skipped=False, run_id=run.id)
+        _log_conclusion(run, searched)
     except BaseException:
         run.finish("FAILED")
         raise
     run.finish("FINISHED")
-    storage.remove(storage.join(plan.out, "ray"))
-    return _searched(session, skipped=False, run_id=run.id)
+    return searched
 
 
 def _searched(session: Session, *, skipped: bool, run_id: str | None) -> Searched:
     ended = [session.records[number] for number in sorted(session.records)]
     about = [[trial.number, trial.settings, trial.repeat, trial.state, trial.bundle_digest] for trial in ended]
     digest = storage.sha256_of_bytes(storage.canonical_json(about))
-    return Searched(session.plan.out, digest, skipped, ended, run_id, session.plan.objectives)
+    found = conclude(session.plan, ended, digest)
+    skipped = skipped and found.skipped
+    return Searched(session.plan.out, digest, skipped, ended, run_id, session.plan.objectives, found)
+
+
+def _log_conclusion(run: tracking.Run, searched: Searched) -> None:
+    """The search's own run shows its front, and how the champion does on test."""
+    champion = searched.conclusion.champion
+    run.tags({"champion": str(champion["trial"]), "bundle_digest": champion["bundle_digest"]})
+    if champion["test"]:
+        run.log_metrics([(0, {f"test/{name}": value for name, value in champion["test"].items()})])
+    plot = storage.join(searched.out, search_report.PLOT)
+    if storage.is_local(plot):
+        run.log_picture(plot)
 
 
 class _Proposals(Searcher):
