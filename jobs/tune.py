@@ -44,11 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint-every", type=int, default=500, metavar="N", help="steps between checkpoints (500)"
     )
     parser.add_argument("--retry-failed", action="store_true", help="try trials again that are recorded as failed")
-
     parser.add_argument(
         "--pick",
         metavar="RULE",
         help="the champion: knee, or e.g. 'min:distortion@bits<=12' (knee; of one objective, its best)",
+    )
+    parser.add_argument(
+        "--grow",
+        type=float,
+        nargs="?",
+        const=0.5,
+        metavar="SHARE",
+        help="grow codebooks of a grid from the next smaller ones, in this share of the steps (0.5)",
     )
     parser.add_argument("--register", metavar="NAME", help="publish the champion under this name, as NAME@champion")
 
@@ -79,6 +86,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             retry_failed=arguments.retry_failed,
             pick=arguments.pick,
             register=arguments.register,
+            grow=arguments.grow,
         )
     )
     states = Counter(trial.state for trial in searched.trials)

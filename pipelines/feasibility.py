@@ -83,7 +83,7 @@ class Feasibility:
                     f"{self.follows}={point[self.follows]} would follow from --{self.limit}, and"
                     f" {self.follows}={self.space.given[self.follows]} leaves it out"
                 )
-        settings = self._resolved(point)
+        settings = self.resolved(point)
         lanes_for(settings.batch_size, self.workers)
         books = self.found.codebooks(settings)
         if self.capacity is not None and (held := sum(k * d for k, d in books)) != self.capacity:
@@ -101,7 +101,7 @@ class Feasibility:
         shaping = {key: value for key, value in point.items() if _shapes_network(key, value)}
         key = json.dumps(shaping, sort_keys=True)
         if key not in self._vectors:
-            settings = self._resolved(shaping)
+            settings = self.resolved(shaping)
             stage = self.found.stages(settings)[-1]
             columns, row_ids = read_columns(self.reader, "train", np.zeros(1, dtype=np.int64))
             batch, _ = to_batch(columns, row_ids, np.ones(1, dtype=bool))
@@ -112,7 +112,7 @@ class Feasibility:
     def _following(self, point: Point) -> int:
         if self.bits is not None:
             return self._size_at_rate(point)
-        books = self.found.codebooks(self._resolved(point))
+        books = self.found.codebooks(self.resolved(point))
         here = sum(d if self.follows == SIZE else k for k, d in books)
         if (self.capacity or 0) % here:
             other = DIM if self.follows == SIZE else SIZE
@@ -122,7 +122,7 @@ class Feasibility:
     def _size_at_rate(self, point: Point) -> int:
         """K with codes x log2 K = bits, to within a hundredth of the rate."""
         bits = self.bits or 0.0
-        codes = self.vectors_per_row(point) * len(self.found.codebooks(self._resolved(point)))
+        codes = self.vectors_per_row(point) * len(self.found.codebooks(self.resolved(point)))
         if not 1 <= bits / codes <= 24:
             raise Refused(
                 f"{bits:g} bits over {codes} codes a row are {bits / codes:.3g} bits a code; allowed: 1 to 24"
@@ -134,7 +134,8 @@ class Feasibility:
             )
         return size
 
-    def _resolved(self, point: Point) -> Settings:
+    def resolved(self, point: Point) -> Settings:
+        """All settings of a point, with what follows from the shards. Raises Refused where they cannot be."""
         values = {**self.base, **point}
         settings = validated(self.found.Settings, values, f"recipe {self.found.name!r}")
         resolved: Settings = self.found.resolve(settings, columns_of(self.reader.manifest))

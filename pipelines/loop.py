@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pipelines import checkpoint, recipe
+from pipelines import checkpoint, recipe, warm
 from pipelines.checkpoint import Checkpoint, Checkpoints
 from pipelines.errors import Refused
 from pipelines.feed import Feed
@@ -45,6 +45,8 @@ class RunSpec:
     checkpoint_every: int = 500
     log_every: int = 20
     micro_batches: int = 1
+    warm_from: str | None = None
+    """A bundle of the same network with fewer codes that the run starts from; None: it starts cold."""
     double: bool = False
     """Everything in float64: the test mode in which workers agree to 1e-9 over hundreds of steps."""
 
@@ -118,6 +120,8 @@ def _run_stage(
     if saved:
         checkpoint.unpack(saved, trainee.model, trainee.optimisers)
         first = saved.step
+    elif spec.warm_from is not None:
+        say({"kind": "log", "text": warm.start(trainee.model, spec.warm_from)})
     elif stage.seed is not None:
         with torch.no_grad():
             sentence = stage.seed(trainee.model, source.epoch())

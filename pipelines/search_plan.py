@@ -1,5 +1,7 @@
 """A search as it was asked for, checked: its space, its sampler, its objectives, and what all its trials share."""
 
+import itertools
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +10,9 @@ from typing import Any
 
 import torch
 
-from pipelines import evaluate, front, recipe, registry, sampling, storage, train, trial_run, trials
+from pipelines import evaluate, front, recipe, registry, sampling, storage, train, trial_run, trials, warm
 from pipelines.errors import Refused, nearest_names
-from pipelines.feasibility import Feasibility
+from pipelines.feasibility import SIZE, Feasibility
 from pipelines.options import validated
 from pipelines.recipe import Recipe
 from pipelines.shards import ShardReader
@@ -62,6 +64,8 @@ class Search:
     """How the champion is picked; None: the knee, or the best of the one objective."""
     register: str | None = None
     """The name under which the champion is published."""
+    grow: float | None = None
+    """Start trials of a grid from the bundle of the next smaller num_codes, and give them this share of the steps."""
 
 
 class Plan:
@@ -108,6 +112,7 @@ class Plan:
             if (given := getattr(request, name)) is not None and given < 1:
                 raise Refused(f"--{name} {given} was given; it takes 1 or more.")
         self._check_early_stopping()
+        self._check_growth()
         first = self.points[0] if self.sampler == "grid" else self.new_sampler().propose(0)
         if first is None:
             if self.feasibility.drawn().size() is not None:
@@ -145,6 +150,18 @@ class Plan:
         return sampling.make(self.sampler, self.feasibility, self.request.seed, directions, self.points)
 
     @cached_property
+    def smaller(self) -> dict[int, int]:
+        """With `grow`: index of a point -> that of the next smaller num_codes with otherwise equal settings."""
+        if self.request.grow is None:
+            return {}
+        groups: dict[str, list[int]] = {}
+        for index, point in enumerate(self.points):
+            others = json.dumps({key: value for key, value in point.items() if key != SIZE}, sort_keys=True)
+            groups.setdefault(others, []).append(index)
+        ordered = [sorted(group, key=lambda index: self.points[index][SIZE]) for group in groups.values()]
+        return {large: small for group in ordered for small, large in itertools.pairwise(group)}
+
+    @cached_property
     def steps(self) -> tuple[int, int]:
         """(steps of a trial, those of them before its last stage)."""
         base = {**self.found.presets[self.preset], **self.space.fixed}
@@ -173,6 +190,7 @@ class Plan:
             checkpoint_every=self.rungs[0] if self.rungs else request.checkpoint_every,
             restarts=request.restarts,
             rungs=self.rungs,
+            grown_steps=max(1, round(self.request.grow * self.steps[0])) if self.request.grow else None,
         )
 
     @cached_property
@@ -192,6 +210,7 @@ class Plan:
             "repeats": self.request.repeats,
             "seed": self.request.seed,
             "asha": self.request.asha,
+            "grow": self.request.grow,
             "objectives": [f"{direction}:{name}" for name, direction in self.objectives] if learned else None,
             "parents": {"shards": self.reader.manifest.digest},
         }
@@ -229,6 +248,23 @@ class Plan:
         if self.request.pick is not None:
             return front.parse_rule(self.request.pick, known)
         return front.Rule(self.objectives[0] if len(self.objectives) == 1 else None)
+
+    def _check_growth(self) -> None:
+        share = self.request.grow
+        if share is None:
+            return
+        if not 0 < share <= 1:
+            raise Refused(f"--grow {share:g} was given; it takes the share of steps of a grown trial, in (0, 1].")
+        if self.sampler != "grid" or self.request.asha:
+            raise Refused(f"--grow needs all sizes at all steps: --sampler grid without --asha, not {self.sampler}.")
+        if SIZE not in self.space.domains or self.feasibility.limited:
+            raise Refused(f"--grow goes from a smaller {SIZE} to a larger with all else equal: search {SIZE} freely.")
+        if "steps" in self.space.domains or "steps" not in self.found.Settings.model_fields:
+            raise Refused("--grow sets the steps of grown trials; fix `steps`, and not in the search.")
+        if not self.smaller:
+            raise Refused(f"--grow: no two points of the grid differ in {SIZE} alone; give it several values.")
+        large, small = next(iter(self.smaller.items()))
+        warm.check(self.found, *(self.feasibility.resolved(self.points[index]) for index in (small, large)))
 
     def _check_early_stopping(self) -> None:
         request = self.request

@@ -37,11 +37,11 @@ class Session:
 
     def next(self) -> int | None:
         """The number of a trial to run now; None when there is none left to hand out."""
-        self._look_ahead()
-        if not self.pending:
-            return None
-        number = self.pending.popleft()
-        self.running.add(number)
+        while (number := self._ready()) is None and self._may_propose():
+            self._propose()
+        if number is not None:
+            self.pending.remove(number)
+            self.running.add(number)
         return number
 
     def done(self) -> bool:
@@ -50,8 +50,16 @@ class Session:
         return not self.remaining()
 
     def _look_ahead(self) -> None:
-        if not self.pending and not self.exhausted and len(self.proposals) < self.plan.total:
+        if not self.pending and self._may_propose():
             self._propose()
+
+    def _may_propose(self) -> bool:
+        return not self.exhausted and len(self.proposals) < self.plan.total
+
+    def _ready(self) -> int | None:
+        """The first trial that waits for no other: one that grows waits for what it grows from."""
+        parents = {number: self.proposals[number].grown_from for number in self.pending}
+        return next((n for n, parent in parents.items() if parent is None or parent in self.records), None)
 
     def end(self, number: int, error: str | None) -> Trial | None:
         """Take in a trial that no longer runs: by its own record, or else stopped early (no error), or dead.
@@ -87,7 +95,9 @@ class Session:
             print(f"no new point was found after {index} ({self.plan.sampler}): the search ends there", file=sys.stderr)
             return
         for repeat in range(done, repeats):
-            proposal = Proposal(index * repeats + repeat, index, point, repeat, seed + repeat)
+            smaller = self.plan.smaller.get(index)
+            parent = None if smaller is None else smaller * repeats + repeat
+            proposal = Proposal(index * repeats + repeat, index, point, repeat, seed + repeat, parent)
             trial_run.propose(self.plan.out, proposal)
             self.proposals[proposal.number] = proposal
             self.pending.append(proposal.number)

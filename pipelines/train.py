@@ -14,7 +14,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from pipelines import cluster, loop, recipe, storage, tracking, trained
+from pipelines import cluster, loop, recipe, storage, tracking, trained, warm
 from pipelines.claims import claim
 from pipelines.errors import Failed, Refused
 from pipelines.feed import Feed, columns_of
@@ -46,6 +46,8 @@ class Request:
     checkpoint_every: int = 500
     restarts: int = 3
     """How often the worker group is started again from its newest checkpoint after a worker died."""
+    warm_from: str | None = None
+    """A bundle with fewer codes that the run starts from. It changes the result."""
 
 
 @dataclass(frozen=True)
@@ -173,9 +175,11 @@ def _spec(request: Request, reader: ShardReader, out: str) -> tuple[RunSpec, str
             f"this run was begun with {lanes} lanes, so it takes at most {lanes} workers, not {request.workers}."
         )
     settings_json = resolved.model_dump(mode="json")
-    return RunSpec(
-        request.recipe, settings_json, reader.uri, request.seed, lanes, out, checkpoint_every=request.checkpoint_every
-    ), preset
+    spec = RunSpec(
+        request.recipe, settings_json, reader.uri, request.seed, lanes, out, checkpoint_every=request.checkpoint_every,
+        warm_from=request.warm_from,
+    )  # fmt: skip
+    return spec, preset
 
 
 def _about(spec: RunSpec, preset: str, reader: ShardReader) -> dict[str, Any]:
@@ -190,7 +194,10 @@ def _about(spec: RunSpec, preset: str, reader: ShardReader) -> dict[str, Any]:
         "corpus": {"kind": reader.manifest.kind, "settings": reader.manifest.settings},
         "codebooks": [{"num_codes": k, "code_dim": d} for k, d in books],
         "fitted_on": {"split": "train", "rows": reader.rows("train")},
-        "parents": {"shards": reader.manifest.digest},
+        "parents": {
+            "shards": reader.manifest.digest,
+            **({"grown_from": warm.digest_of(spec.warm_from)} if spec.warm_from else {}),
+        },
     }
 
 

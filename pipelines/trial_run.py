@@ -42,6 +42,8 @@ class Proposal:
     settings: dict[str, Any]
     repeat: int
     seed: int
+    grown_from: int | None = None
+    """Number of the trial whose codebook this one is to grow from, once that has ended."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Common:
     restarts: int
     rungs: list[int]
     """Steps at which a trial is scored and may be stopped; ascending."""
+    grown_steps: int | None = None
+    """Steps of a trial whose codebook grew from a smaller one."""
 
 
 def home_of(out: str, number: int) -> str:
@@ -75,18 +79,30 @@ def read_proposal(out: str, number: int) -> Proposal:
 
 def request_of(common: Common, proposal: Proposal, out: str) -> Request:
     """The training request that this trial is: `vqray train` with it gives the same bundle."""
+    parent = grown_from(out, proposal)
+    grown = {"steps": common.grown_steps} if parent is not None else {}
     return Request(
         recipe=common.recipe,
         shards=common.shards,
         out=storage.join(home_of(out, proposal.number), "run"),
         preset=common.preset,
-        overrides={**common.fixed, **proposal.settings},
+        overrides={**common.fixed, **proposal.settings, **grown},
         seed=proposal.seed,
         workers=common.workers,
         gpus_per_worker=common.gpus_per_worker,
         checkpoint_every=common.checkpoint_every,
         restarts=common.restarts,
+        warm_from=None if parent is None else storage.join(home_of(out, parent), "run"),
     )
+
+
+def grown_from(out: str, proposal: Proposal) -> int | None:
+    """The trial that this one grows from; None where it starts cold, also because the other one has no bundle."""
+    if proposal.grown_from is None:
+        return None
+    record = storage.join(home_of(out, proposal.grown_from), trials.RECORD)
+    ended = storage.exists(record) and Trial.from_json(storage.read_json(record)).state == "finished"
+    return proposal.grown_from if ended else None
 
 
 def run_trial(
@@ -164,6 +180,7 @@ def _record(
         out=run,
         bundle_digest=bundle_digest,
         error=error,
+        grown_from=grown_from(out, proposal),
     )
 
 
