@@ -48,6 +48,7 @@ def test_new_codes_are_shared_out_to_what_loses_the_most():
         given[quotients.index(max(quotients))] += 1
     assert shares(weights, 9).tolist() == given
     assert given[2] == 0
+    assert shares(torch.tensor([8.0, 3.0]), 3).tolist() == [2, 1]
     assert shares(torch.zeros(3), 4).tolist() == [2, 1, 1]
 
 
