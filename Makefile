@@ -25,8 +25,8 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
 	  sys.exit(0 if v == (3, 11) else "vqray was tested on Python 3.11 only; this is %d.%d. Try: make PYTHON=python3.11 $(MAKECMDGOALS)" % v)'
-	@echo "First time here: installing about 190 packages into $(VENV) from your package index."
-	@echo "Download: about 0.75 GB plus PyTorch (0.2 GB as a CPU build, about 3 GB with CUDA); 2.4 GB on disk as a CPU build."
+	@echo "First time here: installing about 205 packages into $(VENV) from your package index."
+	@echo "Download: about 1 GB plus PyTorch (0.2 GB as a CPU build, about 3 GB with CUDA); 2.8 GB on disk as a CPU build."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

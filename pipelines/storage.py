@@ -98,8 +98,9 @@ def list_files(uri: str) -> list[Entry]:
     uri = normalise(uri)
     with _told(uri, "list"):
         if is_local(uri):
-            mode = os.stat(uri).st_mode
-            found = list(_walk(uri)) if stat.S_ISDIR(mode) else [_entry(os.path.basename(uri), uri)]
+            about = os.stat(uri)
+            alone = Entry(_shown(os.path.basename(uri)), uri, about.st_size)
+            found = list(_walk(uri)) if stat.S_ISDIR(about.st_mode) else [alone]
         else:
             fs = _s3()
             listed = fs.find(uri, detail=True)
@@ -275,24 +276,23 @@ def _walk(top: str) -> Iterator[Entry]:
             with os.scandir(folder) as items:
                 found = list(items)
         for item in found:
-            mode = _mode(item)
-            if mode is not None and stat.S_ISDIR(mode):
+            about = _stat(item)
+            if about is not None and stat.S_ISDIR(about.st_mode):
                 waiting.append((item.path, f"{prefix}{item.name}/", (*above, (here.st_dev, here.st_ino))))
-            elif mode is None or stat.S_ISREG(mode):
-                yield _entry(prefix + item.name, item.path)
+            elif about is None or stat.S_ISREG(about.st_mode):
+                yield Entry(_shown(prefix + item.name), item.path, about.st_size if about else 0)
 
 
-def _mode(item: os.DirEntry[str]) -> int | None:
+def _stat(item: os.DirEntry[str]) -> os.stat_result | None:
     """None for what leads nowhere: a dangling link, one that leads to itself, a file deleted since it was listed."""
     try:
-        return item.stat().st_mode
+        return item.stat()
     except OSError:
         return None
 
 
-def _entry(name: str, path: str) -> Entry:
-    shown = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return Entry(shown, path, os.stat(path).st_size if os.path.exists(path) else 0)
+def _shown(name: str) -> str:
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _cached(uri: str, sha256: str | None, cache: str | Path | None) -> Path:

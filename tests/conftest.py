@@ -21,6 +21,8 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_AUTH_MODE="disabled",
+    # Ray starts its workers at 15: beside a second test process they would hardly get a turn.
+    RAY_worker_niceness="0",
     MLFLOW_DISABLE_TELEMETRY="true",
     MPLBACKEND="Agg",
     AWS_EC2_METADATA_DISABLED="true",

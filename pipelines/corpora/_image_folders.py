@@ -4,7 +4,6 @@ import io
 import re
 import zlib
 from collections import Counter
-from pathlib import PurePosixPath
 from typing import Any
 
 import scipy.io
@@ -24,12 +23,12 @@ def of_files(entries: list[Entry], prefix: str) -> list[Slice]:
 
     Where there is no valid folder, train is cut by the hash: into train and valid, and test too if that is missing.
     """
-    tops = {PurePosixPath(entry.name).parts[0].lower() for entry in entries}
+    tops = {entry.name.partition("/")[0].lower() for entry in entries}
     official = tops <= SPLIT_FOLDERS.keys()
     splits = {SPLIT_FOLDERS[top] for top in tops} if official else set()
     slices = []
     for entry in entries:
-        parts = PurePosixPath(entry.name).parts
+        parts = entry.name.split("/")
         split = SPLIT_FOLDERS[parts[0].lower()] if official else None
         if split == "train" and "valid" not in splits:
             split = NOT_TEST if "test" in splits else None

@@ -110,8 +110,9 @@ def survey(sources: list[str], settings: ImageSettings) -> Survey:
 def _numbered(piece: Slice, number: Mapping[str, int]) -> Slice:
     if "class" not in piece.meta:
         return piece
-    meta = {key: value for key, value in piece.meta.items() if key != "class"}
-    return replace(piece, meta={**meta, "label": number.get(piece.meta["class"])})
+    meta = {**piece.meta, "label": number.get(piece.meta["class"])}
+    del meta["class"]
+    return replace(piece, meta=meta)
 
 
 def _survey_one(source: str, prefix: str) -> tuple[list[Slice], Counter[str]]:

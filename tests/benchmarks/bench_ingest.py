@@ -112,6 +112,8 @@ def _images(home: Path, quick: bool) -> None:
 
 
 def _warm() -> None:
+    # As Ray starts its workers: beside anything else that runs here, the two sides would not get equal shares.
+    os.nice(15)
     torch.set_num_threads(1)
 
 

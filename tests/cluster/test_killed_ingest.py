@@ -171,6 +171,7 @@ def test_a_killed_worker_is_replaced_and_its_part_read_again(place: Place, tmp_p
     check_moment(place, "worker", "corpus", tmp_path / "out", 2, PAUSE / 2, clean)
 
 
+@pytest.mark.slow
 def test_one_cpu_and_four_make_one_digest_and_a_killed_driver_is_resumed_to_it(place: Place, tmp_path: Path) -> None:
     clean = {kind: place.run(kind, tmp_path / "four" / kind) for kind in ("corpus", "modelled")}
     place.forget()

@@ -62,6 +62,7 @@ def vqray(scratch: Path, *words: str, **environment: str) -> tuple[int, str, str
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_from_s3_to_s3_in_parts_and_the_keys_are_nowhere(bucket: str, scratch: Path, tmp_path: Path) -> None:
     name = bucket.removeprefix("s3://")
     client = boto3.client("s3")

@@ -84,6 +84,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_bits_of_an_undist
         train.train(request_for(shards, out, overrides={"num_codes": 13}))
 
 
+@pytest.mark.slow
 def test_a_killed_driver_leaves_checkpoints_from_which_the_same_command_goes_on(shards, tmp_path, undisturbed):
     out = tmp_path / "run"
     settings = [f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in TINY[NAME].items()]
