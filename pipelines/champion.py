@@ -153,8 +153,9 @@ def _said_of_test(champion: dict[str, Any], names: Sequence[str]) -> str:
     shown = ["distortion", "usage", "perplexity", *names]
     found = {name: champion["test"][name] for name in dict.fromkeys(shown) if name in champion["test"]}
     listed = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-    rows = champion["test"]["rows"]
-    return f"on test ({rows:,.0f} rows, seen by the bundle of trial {champion['trial']} alone): {listed}"
+    rows, repeats = champion["test"]["rows"], len(champion["trials"])
+    which = f"trial {champion['trial']}, the best of its {repeats} repeats on valid," if repeats > 1 else "it"
+    return f"on test, {rows:,.0f} rows that no other trial has seen, {which} has {listed}"
 
 
 def _empty(trials: Sequence[Trial], out: str) -> str:
