@@ -106,3 +106,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "metrics": found.champion["test"],
         **({"registered": found.registered} if found.registered else {}),
     }
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.main_of(__file__))

@@ -50,7 +50,8 @@ def conclude(plan: Plan, trials: Sequence[Trial], digest: str) -> Conclusion:
     record = storage.read_json(home) if storage.exists(home) else {}
     skipped = record.get("request") == request
     if not skipped:
-        record = {"request": request, **_concluded(plan, trials), "registered": {}}
+        new = record.get("request", {}).get("search") != digest
+        record = {"request": request, **_concluded(plan, trials, new), "registered": {}}
         storage.write_json_atomic(home, record)
     for line in record["report"]:
         print(line, file=sys.stderr)
@@ -66,24 +67,25 @@ def conclude(plan: Plan, trials: Sequence[Trial], digest: str) -> Conclusion:
     return Conclusion(record["front"], record["champion"], registered, skipped)
 
 
-def _concluded(plan: Plan, trials: Sequence[Trial]) -> dict[str, Any]:
+def _concluded(plan: Plan, trials: Sequence[Trial], new: bool) -> dict[str, Any]:
     points = front.points_of(trials)
     best = front.pareto(points, plan.objectives)
-    on_front = {trial.number for point in best for trial in point.trials}
-    search_report.write_table(plan.out, trials, on_front)
-    labels = {**search_report.UNITS, "distortion": f"distortion on valid ({plan.found.distortion})"}
-    title = f"{plan.request.recipe}: {len(trials)} trials"
 
     def draw(champion: Point | None) -> None:
+        labels = {**search_report.UNITS, "distortion": f"distortion on valid ({plan.found.distortion})"}
+        title = f"{plan.request.recipe}: {len(trials)} trials"
+        on_front = {trial.number for point in best for trial in point.trials}
+        search_report.write_table(plan.out, trials, on_front)
         search_report.write_plot(plan.out, trials, best, champion, plan.objectives, title, labels)
 
-    if not points:
-        draw(None)
-        raise Failed(_empty(trials, plan.out))
     try:
+        if not points:
+            raise Failed(_empty(trials, plan.out))
         chosen, why = front.pick(plan.rule, points, plan.objectives)
     except Failed:
-        draw(None)
+        # What was concluded of these trials before stays as it is, with its champion in the plot.
+        if new:
+            draw(None)
         raise
     draw(chosen)
     shares = {name: importance(trials, (name, direction)) for name, direction in plan.objectives}
@@ -155,7 +157,7 @@ def _said_of_test(champion: dict[str, Any], names: Sequence[str]) -> str:
     listed = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
     rows, repeats = champion["test"]["rows"], len(champion["trials"])
     which = f"trial {champion['trial']}, the best of its {repeats} repeats on valid," if repeats > 1 else "it"
-    return f"on test, {rows:,.0f} rows that no other trial has seen, {which} has {listed}"
+    return f"on test, {rows:,.0f} rows that only champions are measured on, {which} has {listed}"
 
 
 def _empty(trials: Sequence[Trial], out: str) -> str:

@@ -114,12 +114,24 @@ def test_another_pick_or_name_needs_no_training_and_a_rerun_does_nothing(shards,
     assert registry.find("books@champion").version == 1
 
 
-def test_a_limit_that_nobody_keeps_names_the_closest_and_leaves_the_table(shards, finished, measured):
-    (finished / "trials.parquet").unlink(missing_ok=True)
-    with pytest.raises(Failed, match=r"within bits_per_row<=1: the closest is trial \d .*with a --pick"):
-        tune.search(asked(shards, finished, *WORDS, pick="min:distortion@bits<=1"))
+def test_a_limit_that_nobody_keeps_names_the_closest_and_changes_no_earlier_conclusion(shards, finished, measured):
+    asks = asked(shards, finished, *WORDS, pick="min:distortion@bits<=1")
+    said = r"within bits_per_row<=1: the closest is trial \d .*with a --pick"
+    for name in ("front.json", "trials.parquet", "front.png"):
+        (finished / name).unlink(missing_ok=True)
+    with pytest.raises(Failed, match=said):
+        tune.search(asks)
     assert (finished / "trials.parquet").exists()
+    assert not (finished / "front.json").exists()
     assert measured == []
+    without = (finished / "front.png").read_bytes()
+    tune.search(asked(shards, finished, *WORDS, pick="max:bits"))
+    drawn = (finished / "front.png").read_bytes()
+    assert drawn != without
+    with pytest.raises(Failed, match=said):
+        tune.search(asks)
+    assert (finished / "front.png").read_bytes() == drawn
+    assert tune.search(asked(shards, finished, *WORDS, pick="max:bits")).skipped
 
 
 def test_an_empty_front_says_what_to_change(shards, tmp_path):
