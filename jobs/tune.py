@@ -15,6 +15,7 @@ import argparse
 from collections import Counter
 from typing import Any
 
+from jobs import cli
 from jobs.arguments import add_out, add_settings, add_shards
 
 
