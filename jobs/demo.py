@@ -14,14 +14,15 @@ from jobs import cli
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", default="rotation_trick", help="a recipe that names demo data")
+    parser.add_argument("recipe", nargs="?", help="a recipe that names demo data (the first that does)")
     parser.add_argument("--out", type=Path, help="where everything goes (demo/RECIPE)")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from pipelines.demo import demo
+    from pipelines.demo import able, demo
 
-    result = vars(demo(arguments.recipe, arguments.out or Path("demo") / arguments.recipe))
+    name = arguments.recipe or able()[0]
+    result = vars(demo(name, arguments.out or Path("demo") / name))
     print("\n" + "\n".join(result.pop("story")), file=sys.stderr)
     return result
 

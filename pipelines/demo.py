@@ -30,6 +30,11 @@ class DemoResult:
     skipped: bool
 
 
+def able() -> list[str]:
+    """Recipes that name demo data."""
+    return [name for name in recipe.names() if recipe.load(name).demo is not None]
+
+
 def demo(name: str, out: Path) -> DemoResult:
     """Ingest, train, register, pull, evaluate, encode and decode the recipe's demo data under `out`.
 
@@ -40,8 +45,7 @@ def demo(name: str, out: Path) -> DemoResult:
     """
     found = recipe.load(name)
     if found.demo is None:
-        able = [other for other in recipe.names() if recipe.load(other).demo is not None]
-        raise Refused(f"recipe {name!r} names no demo data; these do: {', '.join(able)}.")
+        raise Refused(f"recipe {name!r} names no demo data; these do: {', '.join(able())}.")
     data, kind = found.demo, found.corpus[0]
     cluster.connect()
     say = _Stages(6)

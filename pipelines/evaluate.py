@@ -78,10 +78,10 @@ def measure(model: Trained, reader: ShardReader, split: str) -> dict[str, float]
 
 
 def metric_names(found: Recipe) -> set[str] | None:
-    """Names that a recipe's metrics can have, asked of it with sums of 1; None where it cannot tell."""
+    """Names that a recipe's metrics can have, asked of it with sums of 1; None where it needs sums of another shape."""
     try:
         own = found.summarise(_Ones())
-    except Exception:
+    except (RuntimeError, IndexError, TypeError, ValueError):
         return None
     return {*SHARED, *own}
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.front import LOG_FROM, Objective
+from pipelines.front import Objective, is_log
 from pipelines.trials import Trial
 
 LEAST = 8
@@ -38,7 +38,7 @@ def _shares(finished: Sequence[Trial], varied: Sequence[str], values: list[float
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     columns = {key: _coded([trial.settings.get(key) for trial in finished]) for key in varied}
     # Of values over several orders of magnitude the largest would be all the variance.
-    if min(values) > 0 and max(values) >= LOG_FROM * min(values):
+    if is_log(values):
         values = [math.log(value) for value in values]
     study = optuna.create_study(direction="minimize" if direction == "min" else "maximize")
     for row, value in enumerate(values):
@@ -63,7 +63,6 @@ def _coded(values: list[Any]) -> tuple[list[Any], Any]:
     kinds = optuna.distributions
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         numbers = [float(value) for value in values]
-        wide = min(numbers) > 0 and max(numbers) >= LOG_FROM * min(numbers)
-        return numbers, kinds.FloatDistribution(min(numbers), max(numbers), log=wide)
+        return numbers, kinds.FloatDistribution(min(numbers), max(numbers), log=is_log(numbers))
     names = [json.dumps(value, sort_keys=True) for value in values]
     return names, kinds.CategoricalDistribution(sorted(set(names)))
