@@ -20,7 +20,7 @@ from pipelines.train import Request
 from tests.pipelines.loops import TINY, make_shards, run_workers, spec_of, state_of
 from vqcore.bundle import read_bundle
 
-STEPS = 240
+STEPS = 120
 NAME = "rotation_trick"
 
 

@@ -4,6 +4,7 @@ Groups of 1, 2 and 4 gloo workers (uneven, empty and fully masked parts) run onc
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.contracts.steps import revives
-from tests.contracts.workers import CASES, FIRST, LOOPS, PARTS, STEPS, run
+from tests.contracts.workers import CASES, FIRST, LOOPS, PARTS, STEPS, run, run_long
 from tests.vqcore.quantizers.cases import K
 
 SEEDINGS = [
@@ -35,30 +36,42 @@ class Result(NamedTuple):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Result]]:
     folder: Path = tmp_path_factory.mktemp("workers")
-    groups = [
-        torch.multiprocessing.start_processes(_start, (world, folder), world, join=False, start_method="spawn")
-        for world in PARTS
-        if world > 1
-    ]
+    groups = [_begin(run, world, folder) for world in PARTS if world > 1]
     run(0, 1, folder)  # here, while the others are still importing torch
+    _wait(groups)
+    return {world: _saved(world, folder) for world in PARTS}
+
+
+@pytest.fixture(scope="module")
+def long_of_four(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
+    folder: Path = tmp_path_factory.mktemp("long")
+    _wait([_begin(run_long, 4, folder)])
+    return _saved(4, folder)
+
+
+def _begin(what: Callable[[int, int, Path], None], world: int, folder: Path) -> Any:
+    return torch.multiprocessing.start_processes(_start, (what, world, folder), world, join=False, start_method="spawn")
+
+
+def _wait(groups: list[Any]) -> None:
     for group in groups:
         while not group.join(timeout=240):
             pass
-    return {
-        world: [
-            Result(
-                load_file(folder / f"{world}-{rank}.safetensors"),
-                json.loads((folder / f"{world}-{rank}.json").read_text()),
-            )
-            for rank in range(world)
-        ]
-        for world in PARTS
-    }
 
 
-def _start(rank: int, world: int, folder: Path) -> None:
+def _saved(world: int, folder: Path) -> list[Result]:
+    return [
+        Result(
+            load_file(folder / f"{world}-{rank}.safetensors"),
+            json.loads((folder / f"{world}-{rank}.json").read_text()),
+        )
+        for rank in range(world)
+    ]
+
+
+def _start(rank: int, what: Callable[[int, int, Path], None], world: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    run(rank, world, folder)
+    what(rank, world, folder)
 
 
 def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], atol: float) -> None:
@@ -127,16 +140,27 @@ def test_seeding_gives_one_codebook_to_any_number_of_workers(
 
 
 ATOL = {"float32": 1e-5, "float64": 1e-9}
-RUNS = [(kind, name) for kind, (_, _, names) in LOOPS.items() for name in names]
+RUNS = [(2, "float32", name) for name in CASES] + [(4, "float32", name) for name in CASES]
+RUNS += [(2, "float64", name) for name in FIRST]
 
 
-@pytest.mark.parametrize(("kind", "name"), RUNS)
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(("world", "kind", "name"), RUNS)
 def test_a_training_run_reaches_the_same_weights(
     results: dict[int, list[Result]], world: int, kind: str, name: str
 ) -> None:
+    assert_same_run(results[1][0], results[world], kind, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIRST)
+def test_four_workers_reach_them_after_400_steps(
+    results: dict[int, list[Result]], long_of_four: list[Result], name: str
+) -> None:
+    assert_same_run(results[1][0], long_of_four, "float64", name)
+
+
+def assert_same_run(alone: Result, workers: list[Result], kind: str, name: str) -> None:
     prefix = f"{kind}/{name}"
-    (alone,), workers = results[1], results[world]
     wanted = alone.tensors[f"{prefix}/codes"]
     codes = torch.cat([worker.tensors[f"{prefix}/codes"] for worker in workers], dim=1)
     assert len(codes) == LOOPS[kind][1]

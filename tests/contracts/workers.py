@@ -163,30 +163,51 @@ def wrapped(name: str, mine: Tensor) -> dict[str, Tensor]:
 
 
 def run(rank: int, world: int, folder: Path) -> None:
-    """Every case, results as `<world>-<rank>.safetensors` and `.json` in `folder`."""
+    """Every case but the long loops of four workers; results as `<world>-<rank>.safetensors` and `.json`."""
     # Built before the group exists: vector-quantize-pytorch 1.32 then never synchronises (R1).
     quantizers = {name: make(seed=1) for name, make in CASES.items()}
+    with _group(rank, world, folder) as mine:
+        calls = Calls()
+        tensors: dict[str, Tensor] = {}
+        facts: dict[str, Any] = {}
+        for name, q in quantizers.items():
+            found, said = law(name, q, mine, calls)
+            tensors |= found
+            facts |= said
+        tensors |= seeded(rank, world) | loops("float32", mine)
+        if world <= 2:
+            tensors |= loops("float64", mine)
+        for name in FIRST:
+            tensors |= {f"wrapped/{name}/{key}": value for key, value in wrapped(name, mine).items()}
+    _save(tensors, facts, folder, rank, world)
+
+
+def run_long(rank: int, world: int, folder: Path) -> None:
+    """The long loops alone."""
+    with _group(rank, world, folder) as mine:
+        tensors = loops("float64", mine)
+    _save(tensors, {}, folder, rank, world)
+
+
+def loops(kind: str, mine: Tensor) -> dict[str, Tensor]:
+    dtype, steps, names = LOOPS[kind]
+    return {f"{kind}/{name}/{key}": value for name in names for key, value in loop(name, dtype, steps, mine).items()}
+
+
+@contextmanager
+def _group(rank: int, world: int, folder: Path) -> Iterator[Tensor]:
+    """A gloo group; the rows of a batch that this worker serves."""
     store = f"file://{folder / f'store-{world}'}"
     patience = timedelta(seconds=120)  # a collective that one worker skips must fail, not hang
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
     low, high = PARTS[world][rank]
-    mine, calls = torch.arange(low, high), Calls()
-    tensors: dict[str, Tensor] = {}
-    facts: dict[str, Any] = {}
-    for name, q in quantizers.items():
-        found, said = law(name, q, mine, calls)
-        tensors |= found
-        facts |= said
-    tensors |= seeded(rank, world)
-    for kind, (dtype, steps, names) in LOOPS.items():
-        for name in names:
-            result = loop(name, dtype, steps, mine)
-            tensors |= {f"{kind}/{name}/{key}": value for key, value in result.items()}
-    for name in FIRST:
-        tensors |= {f"wrapped/{name}/{key}": value for key, value in wrapped(name, mine).items()}
+    yield torch.arange(low, high)
+    dist.destroy_process_group()
+
+
+def _save(tensors: dict[str, Tensor], facts: dict[str, Any], folder: Path, rank: int, world: int) -> None:
     save_file(
         {key: value.detach().contiguous().clone() for key, value in tensors.items()},
         folder / f"{world}-{rank}.safetensors",
     )
     (folder / f"{world}-{rank}.json").write_text(json.dumps(facts))
-    dist.destroy_process_group()
