@@ -81,6 +81,7 @@ def test_a_record_that_cannot_be_written_is_a_failure_in_its_own_words(tmp_path:
         run([0], tmp_path, partial(counting.take_the_place_of_its_record, str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_a_part_that_kills_every_worker_ends_in_a_failure(tmp_path: Path) -> None:
     with pytest.raises(Failed, match=r"part 1 ended 4 worker processes: .*run this again to go on, without the file"):
         run([0, 0], tmp_path, counting.die_always)
