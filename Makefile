@@ -12,7 +12,7 @@ TOGETHER := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 help:
 	@echo "make demo      real photos in, a registered codebook out (about 3 minutes after installation)"
-	@echo "make test      lint, types and every test that is not marked slow (under 10 minutes on two cores)"
+	@echo "make test      lint, types and every test that is not marked slow (about 10 minutes on two cores)"
 	@echo "make test-all  the slow tests too"
 	@echo "make bench     the benchmarks, paired ratios; prints, never asserts"
 	@echo "make contracts what vqcore and its peers agree on, and where a peer is wrong"

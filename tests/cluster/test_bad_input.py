@@ -135,7 +135,7 @@ def test_the_last_lines_about_a_mixed_and_dirty_folder_read_well(tmp_path, capsy
     assert listed == made["quarantined"]
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", [pytest.param("train", marks=pytest.mark.slow), "test"])
 def test_one_image_is_a_corpus_and_is_trained_on_if_it_is_a_train_row(split, tmp_path, capsys):
     name = next(f"{n}.png" for n in range(100) if split_of(f"{n}.png", 0.1) == split)
     (tmp_path / "photos").mkdir()

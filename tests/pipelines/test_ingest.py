@@ -277,6 +277,7 @@ def test_requests_that_make_no_sense_are_refused_before_anything_is_written(sour
         run(source, out)
 
 
+@pytest.mark.slow
 def test_a_model_is_loaded_once_an_actor_and_a_killed_one_is_replaced(source: Path, tmp_path: Path) -> None:
     (tmp_path / "diary").mkdir()
     with (source / "a/2.txt").open("a") as file:
