@@ -162,6 +162,17 @@ def batch_from(tensors: Mapping[str, torch.Tensor], lengths: Mapping[str, torch.
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
 
 
+def stored_as(values: torch.Tensor, item: pa.Field) -> torch.Tensor:
+    """Floating point values in the type of a tensor column of such; all else as it is."""
+    if not (isinstance(item.type, pa.FixedShapeTensorType) and values.is_floating_point()):
+        return values
+    if (item.metadata or {}).get(b"dtype") == b"bfloat16":
+        return values.to(torch.bfloat16)
+    if not pa.types.is_floating(item.type.value_type):
+        return values
+    return values.to(torch.from_numpy(np.empty(0, item.type.value_type.to_pandas_dtype())).dtype)
+
+
 def plain(column: pa.Array) -> Any:
     """One column as `values_of` gives it."""
     kind = column.type

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipelines import corpora, registry, storage, trained
 from pipelines.claims import claim
-from pipelines.columns import batch_from, padded, tail_of, values_of
+from pipelines.columns import batch_from, padded, stored_as, tail_of, values_of
 from pipelines.errors import Failed, Refused
 from pipelines.export import export_parquet
 from pipelines.feed import as_seen, columns_of, to_batch
@@ -158,6 +158,7 @@ def _decode_shard(
     reader = ShardReader(codes)
     corpus = corpora.load(made_from["kind"])
     settings = corpus.Settings.model_validate(made_from["settings"])
+    schema = corpus.schema(settings)
     ragged = [name for name, shape in corpus.shapes(settings).items() if shape is None]
     tail = tail_of(reader.schema.field("codes"))
     writer: ShardWriter | None = None
@@ -167,6 +168,10 @@ def _decode_shard(
         found = found.to(torch.int64)
         with torch.inference_mode():
             columns = model.recipe.decode(model.model, found)
+        columns = {
+            name: stored_as(column, schema.field(name)) if name in schema.names else column
+            for name, column in columns.items()
+        }
         if files:
             corpus.write_files(columns, [str(row) for row in stored["row_id"]], out, settings)
             continue

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,6 +144,26 @@ class Feasibility:
             if getattr(settings, key) != getattr(resolved, key):
                 raise Refused(f"{key} follows from the shards ({getattr(resolved, key)}); leave it out of --set.")
         return resolved
+
+
+def without_what_follows(
+    found: Recipe, space: Space, base: Mapping[str, Any], columns: Mapping[str, Any]
+) -> Space:  # fmt: skip
+    """The space without those settings of the recipe's own proposal that these shards leave no choice of."""
+    kept = {}
+    for key, domain in space.domains.items():
+        if key not in space.chosen:
+            values = domain.grid() or (domain.draw(random.Random(0)),)
+            settings = validated(found.Settings, {**base, key: values[0]}, f"recipe {found.name!r}")
+            try:
+                follows = getattr(found.resolve(settings, dict(columns)), key) != values[0]
+            except Refused:
+                follows = False
+            if follows:
+                continue
+        kept[key] = domain
+    given = {key: text for key, text in space.given.items() if key in kept}
+    return Space(kept, space.fixed, given, space.chosen)
 
 
 def _shapes_network(key: str, value: Any) -> bool:

@@ -1,11 +1,13 @@
 """What a recipe is, and how one is found: by the name of its module in pipelines/recipes."""
 
 import importlib
+import math
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Bool, Float, Int64
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -35,6 +37,14 @@ class Batch:
     """False where a lane ran short, the row is a group's filler or holds a non-finite value: no loss, no count."""
     keys: Int64[Tensor, " B"]
     """Row ids, unique in the manifest; the key of a vector is row id x positions + position."""
+
+    def places(self, grid: Sequence[int]) -> tuple[Bool[Tensor, "B ..."], Int64[Tensor, "B ..."]]:
+        """(mask, keys) of the vectors of rows that have a grid of them."""
+        positions = math.prod(grid)
+        place = torch.arange(positions, device=self.keys.device).view(*grid)
+        each = (-1, *[1] * len(grid))
+        keys = self.keys.view(each) * positions + place
+        return self.mask.view(each).expand(keys.shape), keys
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,16 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """One run serves all smaller depths: its first levels are to the bit what a run of so few would have learned."""
+
+    setting: str
+    """The setting that counts levels."""
+    cut: Callable[[Any, Any], nn.Module]
+    """(trained model, settings of fewer levels) -> the model of these."""
+
+
+@dataclass(frozen=True)
 class Demo:
     """Real data small enough to try a recipe on, from the package registry."""
 
@@ -155,6 +175,8 @@ class Recipe:
     """Setting -> search expression for tuning, in the grammar of `--set`: `choice:a,b` or `a..b:log2`."""
     distortion: str = "mse"
     """The metric, lower is better, that tuning calls `distortion`: what is lost between a row and its codes."""
+    prefix: Prefix | None = None
+    """None where a run of fewer levels learns something else, as it does where a network sees the codes."""
     pictures: Callable[[Any, Batch], dict[str, Any]] | None = None
     """A few rows -> name -> matplotlib Figure."""
     demo: Demo | None = None

@@ -12,7 +12,8 @@ import torch
 
 from pipelines import evaluate, front, recipe, registry, sampling, storage, train, trial_run, trials, warm
 from pipelines.errors import Refused, nearest_names
-from pipelines.feasibility import SIZE, Feasibility
+from pipelines.feasibility import SIZE, Feasibility, without_what_follows
+from pipelines.feed import columns_of
 from pipelines.options import validated
 from pipelines.recipe import Recipe
 from pipelines.shards import ShardReader
@@ -87,6 +88,7 @@ class Plan:
             )
         self.space: Space = parse_space(request.words, self.found.Settings, self.found.space, what)
         base = {**self.found.presets[self.preset], **self.space.fixed}
+        self.space = without_what_follows(self.found, self.space, base, columns_of(self.reader.manifest))
         self.feasibility = Feasibility(
             self.found, self.space, base, self.reader, request.capacity, request.bits, request.workers
         )
@@ -154,12 +156,31 @@ class Plan:
         """With `grow`: index of a point -> that of the next smaller num_codes with otherwise equal settings."""
         if self.request.grow is None:
             return {}
+        return {large: small for group in self._rows_of(SIZE) for small, large in itertools.pairwise(group)}
+
+    @cached_property
+    def deeper(self) -> dict[int, int]:
+        """Index of a point -> that of the deepest with otherwise equal settings, whose run serves both. There are none
+        where the steps that a trial made itself count."""
+        depth = self.found.prefix.setting if self.found.prefix else None
+        uses = {name for name, _ in self.objectives} | set(self.rule.names())
+        if (
+            depth is None
+            or depth not in self.space.domains
+            or self.request.asha
+            or self.request.grow
+            or uses & {"seconds", "steps"}
+        ):
+            return {}
+        return {index: group[-1] for group in self._rows_of(depth) for index in group[:-1]}
+
+    def _rows_of(self, key: str) -> list[list[int]]:
+        """Points of the grid that differ in one setting only, by that setting."""
         groups: dict[str, list[int]] = {}
         for index, point in enumerate(self.points):
-            others = json.dumps({key: value for key, value in point.items() if key != SIZE}, sort_keys=True)
+            others = json.dumps({name: value for name, value in point.items() if name != key}, sort_keys=True)
             groups.setdefault(others, []).append(index)
-        ordered = [sorted(group, key=lambda index: self.points[index][SIZE]) for group in groups.values()]
-        return {large: small for group in ordered for small, large in itertools.pairwise(group)}
+        return [sorted(group, key=lambda index: self.points[index][key]) for group in groups.values()]
 
     @cached_property
     def steps(self) -> tuple[int, int]:

@@ -34,7 +34,7 @@ def write_table(out: str, trials: Sequence[Trial], on_front: set[int]) -> str:
     """Every trial, also failed ones, as a row of `<out>/trials.parquet`.
 
     Columns: number, `setting/NAME`, repeat, seed, state, `valid/METRIC`, bits_per_row, parameters, seconds, steps,
-    on_front, grown_from, bundle_digest, error.
+    on_front, grown_from, prefix_of, bundle_digest, error.
     """
     columns: dict[str, list[Any]] = {"number": [trial.number for trial in trials]}
     for key in dict.fromkeys(key for trial in trials for key in trial.settings):
@@ -46,7 +46,7 @@ def write_table(out: str, trials: Sequence[Trial], on_front: set[int]) -> str:
     for name in ("bits_per_row", "parameters", "seconds", "steps"):
         columns[name] = [getattr(trial, name) for trial in trials]
     columns["on_front"] = [trial.number in on_front for trial in trials]
-    for name in ("grown_from", "bundle_digest", "error"):
+    for name in ("grown_from", "prefix_of", "bundle_digest", "error"):
         columns[name] = [getattr(trial, name) for trial in trials]
     uri = storage.join(out, TABLE)
     with storage.writing(uri) as staged:
@@ -109,6 +109,7 @@ def lines_of(
         *_said_of_spread(points, best, objectives),
         *_said_of_importance(shares, tied),
         *_said_of_growth(trials),
+        *_said_of_prefixes(trials),
         f"champion: trial {champion.number} ({_settings(champion)}): {why}",
     ]
 
@@ -183,6 +184,20 @@ def _said_of_growth(trials: Sequence[Trial]) -> list[str]:
     return [
         f"{len(grown)} trials grew from the next smaller codebook in {each:,} steps instead of {before:,}:"
         f" {saved / (spent + saved):.0%} of the search's steps saved. How they would do cold, this search cannot tell."
+    ]
+
+
+def _said_of_prefixes(trials: Sequence[Trial]) -> list[str]:
+    """What one run that serves several depths saved."""
+    made = {trial.number: trial for trial in trials if trial.state == "finished"}
+    cut = [trial for trial in made.values() if trial.prefix_of is not None]
+    if not cut:
+        return []
+    spent, saved = sum(t.steps for t in made.values()), sum(made[t.prefix_of].steps for t in cut if t.prefix_of in made)
+    deep = len({trial.prefix_of for trial in cut})
+    return [
+        f"{len(cut)} trials are the first levels of {deep} deeper ones, to the bit what they would have learned:"
+        f" {spent:,} steps made instead of {spent + saved:,}, {saved / (spent + saved):.0%} saved."
     ]
 
 

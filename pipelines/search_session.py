@@ -57,8 +57,8 @@ class Session:
         return not self.exhausted and len(self.proposals) < self.plan.total
 
     def _ready(self) -> int | None:
-        """The first trial that waits for no other: one that grows waits for what it grows from."""
-        parents = {number: self.proposals[number].grown_from for number in self.pending}
+        """The first trial that waits for no other, to grow from it or to be its first levels."""
+        parents = {number: self.proposals[number].waits_for for number in self.pending}
         return next((n for n, parent in parents.items() if parent is None or parent in self.records), None)
 
     def end(self, number: int, error: str | None) -> Trial | None:
@@ -95,9 +95,11 @@ class Session:
             print(f"no new point was found after {index} ({self.plan.sampler}): the search ends there", file=sys.stderr)
             return
         for repeat in range(done, repeats):
-            smaller = self.plan.smaller.get(index)
-            parent = None if smaller is None else smaller * repeats + repeat
-            proposal = Proposal(index * repeats + repeat, index, point, repeat, seed + repeat, parent)
+            smaller, deeper = (
+                None if other is None else other * repeats + repeat
+                for other in (self.plan.smaller.get(index), self.plan.deeper.get(index))
+            )
+            proposal = Proposal(index * repeats + repeat, index, point, repeat, seed + repeat, smaller, deeper)
             trial_run.propose(self.plan.out, proposal)
             self.proposals[proposal.number] = proposal
             self.pending.append(proposal.number)

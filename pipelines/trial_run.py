@@ -44,6 +44,12 @@ class Proposal:
     seed: int
     grown_from: int | None = None
     """Number of the trial whose codebook this one is to grow from, once that has ended."""
+    prefix_of: int | None = None
+    """Number of the trial whose first levels this one is, once that has ended."""
+
+    @property
+    def waits_for(self) -> int | None:
+        return self.grown_from if self.prefix_of is None else self.prefix_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def read_proposal(out: str, number: int) -> Proposal:
 
 def request_of(common: Common, proposal: Proposal, out: str) -> Request:
     """The training request that this trial is: `vqray train` with it gives the same bundle."""
-    parent = grown_from(out, proposal)
+    parent = bundled(out, proposal.grown_from)
     grown = {"steps": common.grown_steps} if parent is not None else {}
     return Request(
         recipe=common.recipe,
@@ -96,13 +102,13 @@ def request_of(common: Common, proposal: Proposal, out: str) -> Request:
     )
 
 
-def grown_from(out: str, proposal: Proposal) -> int | None:
-    """The trial that this one grows from; None where it starts cold, also because the other one has no bundle."""
-    if proposal.grown_from is None:
+def bundled(out: str, number: int | None) -> int | None:
+    """The number, where there is such a trial and it has a bundle to start from; else None: one trains from scratch."""
+    if number is None:
         return None
-    record = storage.join(home_of(out, proposal.grown_from), trials.RECORD)
+    record = storage.join(home_of(out, number), trials.RECORD)
     ended = storage.exists(record) and Trial.from_json(storage.read_json(record)).state == "finished"
-    return proposal.grown_from if ended else None
+    return number if ended else None
 
 
 def run_trial(
@@ -120,7 +126,10 @@ def run_trial(
         request = request_of(common, proposal, out)
         prepared = train.prepare(request)
         train.claim_run(prepared)
-        if not train.has_bundle(prepared.spec.out):
+        deeper = bundled(out, proposal.prefix_of)
+        if not train.has_bundle(prepared.spec.out) and deeper is not None:
+            _cut(storage.join(home_of(out, deeper), "run"), prepared)
+        elif not train.has_bundle(prepared.spec.out):
             train_it(request, prepared, _with_rungs(home, common, prepared, tell, rung))
         trial = _finished(out, proposal, prepared)
     except OSError:
@@ -134,6 +143,17 @@ def run_trial(
 def train_here(request: Request, prepared: Prepared, tell: Callable[[Event], None]) -> None:
     """Train in this process, on its GPU where the request has one."""
     train.carry_out(prepared, torch.device("cuda" if request.gpus_per_worker else "cpu"), tell)
+
+
+def _cut(deeper: str, prepared: Prepared) -> None:
+    """Leave the bundle of a run whose levels are the first of another's, which has ended."""
+    found = recipe.load(prepared.spec.recipe)
+    if found.prefix is None:
+        raise ValueError(f"recipe {found.name!r} does not say how a run is cut to fewer levels")
+    whole = trained.open_trained(registry.local_bundle(deeper))
+    model = found.prefix.cut(whole.model, found.Settings.model_validate(prepared.spec.settings))
+    parents = {**prepared.about["parents"], "prefix_of": whole.digest}
+    trained.write_trained(prepared.spec.out, model, {**prepared.about, "parents": parents, "metrics": {}})
 
 
 def failed(out: str, proposal: Proposal, error: str) -> Trial:
@@ -180,7 +200,8 @@ def _record(
         out=run,
         bundle_digest=bundle_digest,
         error=error,
-        grown_from=grown_from(out, proposal),
+        grown_from=bundled(out, proposal.grown_from),
+        prefix_of=bundled(out, proposal.prefix_of),
     )
 
 

@@ -39,6 +39,8 @@ class Trial:
     """The traceback of a failed trial."""
     grown_from: int | None = None
     """Number of the trial whose codebook this one grew from."""
+    prefix_of: int | None = None
+    """Number of the deeper trial whose first levels this one is; it was not trained."""
 
     def values(self) -> dict[str, float]:
         """What may be an objective: the metrics on valid, and what the trial cost."""

@@ -1,7 +1,7 @@
-"""What recipes over images share: pixels to network numbers and back, vectors' masks and keys, errors, the picture."""
+"""What recipes over images share: pixels to network numbers and back, errors, the picture."""
 
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -19,14 +19,6 @@ def scaled(batch: Batch, dtype: torch.dtype) -> Float[Tensor, "B C H W"]:
 def stored(image: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:
     """[-1, 1] to the 8-bit pixels that are written."""
     return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def places(batch: Batch, grid: tuple[int, int]) -> tuple[Bool[Tensor, "B h w"], Int64[Tensor, "B h w"]]:
-    """(mask, keys) of the vectors of a grid: a row's mask, and row id x positions + position."""
-    positions = grid[0] * grid[1]
-    place = torch.arange(positions, device=batch.keys.device).view(grid)
-    keys = batch.keys[:, None, None] * positions + place
-    return batch.mask[:, None, None].expand(keys.shape), keys
 
 
 def error_sums(picture: UInt8[Tensor, "B C H W"], batch: Batch, quantized: Quantized) -> dict[str, Tensor]:

@@ -155,7 +155,7 @@ class VQVAE(nn.Module):
     def latents(self, batch: Batch) -> VectorBatch:
         """One D-vector per position, with the masks and keys of its row."""
         x = self.narrow(self.encoder(images.scaled(batch, self.narrow.weight.dtype))).permute(0, 2, 3, 1)
-        return VectorBatch(x, *images.places(batch, (x.shape[1], x.shape[2])))
+        return VectorBatch(x, *batch.places(x.shape[1:3]))
 
     def render(self, vectors: Float[Tensor, "B h w D"]) -> Float[Tensor, "B C H W"]:
         image: Tensor = self.decoder(self.widen(vectors.permute(0, 3, 1, 2)))

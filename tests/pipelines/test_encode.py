@@ -190,7 +190,10 @@ def chains_to_tensors(stored: dict, settings: corpora.CorpusSettings) -> dict[st
 def test_rows_of_several_lengths_become_codes_of_their_lengths_and_back(tmp_path, monkeypatch):
     schema = pa.schema([ragged_field("point", pa.float32(), (3,))])
     kind = SimpleNamespace(
-        Settings=corpora.CorpusSettings, shapes=lambda _: {"point": None, "size": []}, tensors=chains_to_tensors
+        Settings=corpora.CorpusSettings,
+        schema=lambda _: schema,
+        shapes=lambda _: {"point": None, "size": []},
+        tensors=chains_to_tensors,
     )
     monkeypatch.setattr(corpora, "load", lambda name: kind)
     recipe = SimpleNamespace(encode=encode_signs, decode=decode_signs, codebooks=lambda _: [(2, 1)])
