@@ -1,11 +1,13 @@
 """The pictures that runs and evaluations leave behind. Figures are made without a display and without pyplot."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -61,54 +63,62 @@ def usage_plot(counts: Tensor, title: str) -> Figure:
     return figure
 
 
-def front_plot(
-    placed: Mapping[str, Sequence[Place]],
-    best: Sequence[tuple[float, float, str]],
-    champion: Place | None,
-    *,
-    names: tuple[str, str],
-    step: Literal["pre", "post"] | None,
-    title: str,
-    missing: Mapping[str, int],
-    falling: bool = True,
-) -> Figure:
-    """Trials of a search on two axes, with its front.
+@dataclass(frozen=True)
+class Panel:
+    """Trials of a search on two axes, with its front."""
 
-    Args:
-        placed: state -> (x, y) of its trials.
-        best: (x, y, name) of the points on the front.
-        names: of the axes, with units.
-        step: draw the front as a step line, level behind a point (post: less is better to the right of it) or before.
-        missing: state -> trials that have no place, counted in the legend.
-        falling: less is better upwards too; else more is, and the line rises.
-    """
-    figure = Figure(figsize=(7.2, 4.6), dpi=120, layout="constrained")
-    axis = figure.subplots()
-    for state, pairs in placed.items():
+    names: tuple[str, str]
+    """Of the axes, with units."""
+    placed: Mapping[str, Sequence[Place]]
+    """State -> (x, y) of its trials."""
+    best: Sequence[tuple[float, float, str]]
+    """(x, y, name) of the points on the front."""
+    champion: Place | None
+    missing: Mapping[str, int]
+    """State -> trials that have no place, counted in the legend."""
+    step: Literal["pre", "post"] | None
+    """Draw the front as a step line, level behind a point (post: less is better to the right of it) or before."""
+    falling: bool = True
+    """Less is better upwards too; else more is, and the line rises."""
+
+
+def front_plot(panels: Sequence[Panel], title: str) -> Figure:
+    """Every panel beside the others, under one title."""
+    figure = Figure(figsize=(7.2 if len(panels) == 1 else 5.4 * len(panels), 4.6), dpi=120, layout="constrained")
+    figure.suptitle(title)
+    for panel, axis in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        _draw_trials(axis, panel)
+        _draw_front(axis, panel)
+        every = [pair for pairs in panel.placed.values() for pair in pairs]
+        for values, scale in (([p[0] for p in every], axis.set_xscale), ([p[1] for p in every], axis.set_yscale)):
+            if values and min(values) > 0 and max(values) >= 10 * min(values):
+                scale("log")
+        axis.set(xlabel=panel.names[0], ylabel=panel.names[1])
+        axis.grid(color="0.9", linewidth=0.6, which="both")
+        axis.legend(frameon=False, fontsize=8, loc="upper right" if panel.falling else "lower right")
+    return figure
+
+
+def _draw_trials(axis: Axes, panel: Panel) -> None:
+    for state, pairs in panel.placed.items():
         colour, marker, word = STATES[state]
         across, up = zip(*pairs, strict=True)
-        axis.scatter(
-            across, up, s=22, c=colour, marker=marker, alpha=0.75, linewidths=1, label=f"{len(pairs)} {word}", zorder=2
-        )
-    for state, count in missing.items():
+        label = f"{len(pairs)} {word}"
+        axis.scatter(across, up, s=22, c=colour, marker=marker, alpha=0.75, linewidths=1, label=label, zorder=2)
+    for state, count in panel.missing.items():
         axis.plot([], [], " ", label=f"{count} {STATES[state][2]}: not shown, no metrics")
-    ordered = sorted(best)
+
+
+def _draw_front(axis: Axes, panel: Panel) -> None:
+    ordered = sorted(panel.best)
     x, y = [place[0] for place in ordered], [place[1] for place in ordered]
-    if step and ordered:
-        axis.step(x, y, where=step, color="#d55e00", linewidth=1.4, zorder=3)
+    if panel.step and ordered:
+        axis.step(x, y, where=panel.step, color="#d55e00", linewidth=1.4, zorder=3)
     axis.scatter(x, y, s=34, c="#d55e00", label=f"front ({len(x)})", zorder=4)
     for place in ordered[:NAMED]:
         axis.annotate(place[2], place[:2], xytext=(4, 5), textcoords="offset points", fontsize=7, color="0.25")
-    if champion is not None:
-        axis.scatter(*champion, s=210, marker="*", c="#f0e442", edgecolors="black", label="champion", zorder=5)
-    every = [pair for pairs in placed.values() for pair in pairs]
-    for values, scale in (([p[0] for p in every], axis.set_xscale), ([p[1] for p in every], axis.set_yscale)):
-        if values and min(values) > 0 and max(values) >= 10 * min(values):
-            scale("log")
-    axis.set(xlabel=names[0], ylabel=names[1], title=title)
-    axis.grid(color="0.9", linewidth=0.6, which="both")
-    axis.legend(frameon=False, fontsize=8, loc="upper right" if falling else "lower right")
-    return figure
+    if panel.champion is not None:
+        axis.scatter(*panel.champion, s=210, marker="*", c="#f0e442", edgecolors="black", label="champion", zorder=5)
 
 
 def _as_picture(image: UInt8[Tensor, "C H W"]) -> np.ndarray:

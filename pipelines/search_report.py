@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 
 from pipelines import front, storage
 from pipelines.front import Objective, Point
-from pipelines.pictures import front_plot
+from pipelines.pictures import Panel, front_plot
 from pipelines.search_log import shown
 from pipelines.trials import Trial
 
@@ -61,10 +61,24 @@ def write_plot(
     """Every trial that has a place on the axes, the front and the champion, as `<out>/front.png`.
 
     Args:
-        axes: the objectives; of more than two, the first two are drawn. With one, bits a row lie below it.
+        axes: the objectives; the first is drawn over each of the others, or over bits a row where it is the only one.
         labels: metric -> what its axis is called.
     """
-    y, x = (*axes, ("bits_per_row", "min"))[:2]
+    y, *others = axes
+    panels = [
+        _panel(trials, best, champion, x, y, labels, stepped=len(others) == 1)
+        for x in others or [("bits_per_row", "min")]
+    ]
+    uri = storage.join(out, PLOT)
+    with storage.writing(uri) as staged:
+        front_plot(panels, title).savefig(staged, format="png")
+    return uri
+
+
+def _panel(
+    trials: Sequence[Trial], best: Sequence[Point], champion: Point | None, x: Objective, y: Objective,
+    labels: Mapping[str, str], stepped: bool,
+) -> Panel:  # fmt: skip
     placed: dict[str, list[tuple[float, float]]] = {}
     for trial in trials:
         values = trial.values()
@@ -72,20 +86,16 @@ def write_plot(
             placed.setdefault(trial.state, []).append((values[x[0]], values[y[0]]))
     missing = Counter(str(trial.state) for trial in trials)
     missing.subtract({state: len(found) for state, found in placed.items()})
-    figure = front_plot(
-        placed,
-        [(point.values[x[0]], point.values[y[0]], f"#{point.number}") for point in best],
-        (champion.values[x[0]], champion.values[y[0]]) if champion else None,
+    return Panel(
         names=(labels.get(x[0], x[0]), labels.get(y[0], y[0])),
-        step=None if len(axes) != 2 else "post" if x[1] == "min" else "pre",
-        title=title,
+        placed=placed,
+        best=[(point.values[x[0]], point.values[y[0]], f"#{point.number}") for point in best],
+        champion=(champion.values[x[0]], champion.values[y[0]]) if champion else None,
         missing=+missing,
+        # Of more objectives than two, a front seen from one side is no line.
+        step=None if not stepped else "post" if x[1] == "min" else "pre",
         falling=y[1] == "min",
     )
-    uri = storage.join(out, PLOT)
-    with storage.writing(uri) as staged:
-        figure.savefig(staged, format="png")
-    return uri
 
 
 def lines_of(

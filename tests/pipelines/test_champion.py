@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as parquet
 import pytest
 
-from pipelines import champion, evaluate, front, registry, storage, tracking, trials, tune
+from pipelines import champion, evaluate, front, pictures, registry, search_report, storage, tracking, trials, tune
 from pipelines.errors import Failed, Refused
 from pipelines.evaluate import Evaluation
 from pipelines.importance import importance
@@ -204,3 +204,26 @@ def test_settings_of_mixed_kinds_are_kept_in_the_table(tmp_path):
     assert table["setting/a"].to_pylist() == [None, 0.5]
     assert table["setting/b"].to_pylist() == [[1, 2], [3]]
     assert [json.loads(text) for text in table["setting/c"].to_pylist()] == [1, "x"]
+
+
+def test_three_objectives_are_drawn_as_the_first_over_each_other(finished, tmp_path, monkeypatch):
+    drawn = []
+
+    def keep(panels, title):
+        drawn.extend(panels)
+        return pictures.front_plot(panels, title)
+
+    monkeypatch.setattr(search_report, "front_plot", keep)
+    ended = trials.read_trials(str(finished))
+    objectives = [("distortion", "min"), ("bits_per_row", "min"), ("usage", "max")]
+    best = front.pareto(front.points_of(ended), objectives)
+    search_report.write_plot(str(tmp_path), ended, best, best[0], objectives, "three", {"usage": "share used"})
+    assert [panel.names for panel in drawn] == [("bits_per_row", "distortion"), ("share used", "distortion")]
+    for panel, name in zip(drawn, ("bits_per_row", "usage"), strict=True):
+        good = [trial for trial in ended if trial.state == "finished"]
+        assert panel.placed == {"finished": [(t.values()[name], t.metrics["distortion"]) for t in good]}
+        assert dict(panel.missing) == {"failed": 1}
+        assert panel.step is None
+        assert panel.champion == (best[0].values[name], best[0].values["distortion"])
+    figure = pictures.front_plot(drawn, "three")
+    assert [axis.get_ylabel() for axis in figure.axes] == ["distortion", "distortion"]
