@@ -209,10 +209,8 @@ def _check_model(shards: str, scratch: str, link: Link, alone: dict[int, float],
             step, share = predicted(link, workers, each, codes, dim, weights)
             measured = statistics.median(round_["seconds"] for round_ in group) / (steps - 1)
             reduce = statistics.median(round_["reduce"] for round_ in group)
-            print(
-                f"{workers:>8}{codes:>8}{dim:>6}{1e3 * step:>14.1f}{1e3 * measured:>13.1f}{share:>12.3f}{reduce:>10.3f}",
-                flush=True,
-            )
+            said = f"{workers:>8}{codes:>8}{dim:>6}{1e3 * step:>14.1f}{1e3 * measured:>13.1f}"
+            print(f"{said}{share:>12.3f}{reduce:>10.3f}", flush=True)
 
 
 SHAPES = [(256, 32), (65536, 32)]
