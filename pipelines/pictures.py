@@ -1,5 +1,6 @@
 """The pictures that runs and evaluations leave behind. Figures are made without a display and without pyplot."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +9,9 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 Place = tuple[float, float]
@@ -90,13 +93,22 @@ def front_plot(panels: Sequence[Panel], title: str) -> Figure:
         _draw_trials(axis, panel)
         _draw_front(axis, panel)
         every = [pair for pairs in panel.placed.values() for pair in pairs]
-        for values, scale in (([p[0] for p in every], axis.set_xscale), ([p[1] for p in every], axis.set_yscale)):
+        for at, (way, scale) in enumerate(((axis.xaxis, axis.set_xscale), (axis.yaxis, axis.set_yscale))):
+            values = [pair[at] for pair in every]
             if values and min(values) > 0 and max(values) >= 10 * min(values):
                 scale("log")
+                _show_plain_numbers(way, decades=math.log10(max(values) / min(values)))
         axis.set(xlabel=panel.names[0], ylabel=panel.names[1])
         axis.grid(color="0.9", linewidth=0.6, which="both")
         axis.legend(frameon=False, fontsize=8, loc="upper right" if panel.falling else "lower right")
     return figure
+
+
+def _show_plain_numbers(way: Axis, decades: float) -> None:
+    """On a log scale, ticks of 20 and 500 and not of powers of ten."""
+    way.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    way.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+    way.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}") if decades < 3 else NullFormatter())
 
 
 def _draw_trials(axis: Axes, panel: Panel) -> None:

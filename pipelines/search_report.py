@@ -212,6 +212,8 @@ def _said_of_prefixes(trials: Sequence[Trial]) -> list[str]:
 
 
 def _value(point: Point, name: str) -> str:
+    if name == "seconds" and all(trial.prefix_of is not None for trial in point.trials):
+        return f"in #{point.trials[0].prefix_of}"
     if name not in point.values:
         return "-"
     spread = point.spreads[name]
