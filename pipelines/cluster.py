@@ -4,15 +4,12 @@ import logging
 import os
 import secrets
 import sys
-from pathlib import Path
 
 import ray
 from ray._raylet import Config  # type: ignore[attr-defined]  # compiled
 
-from pipelines import storage
+from pipelines import storage, tokens
 from pipelines.errors import Failed, Refused
-
-TOKEN = Path("~/.ray/auth_token")
 
 
 def connect() -> None:
@@ -96,7 +93,6 @@ def _choose_auth(address: str) -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         os.environ["RAY_AUTH_MODE"] = "token"
     else:
-        found = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-        os.environ["RAY_AUTH_MODE"] = "token" if found or TOKEN.expanduser().exists() else "disabled"
+        os.environ["RAY_AUTH_MODE"] = "token" if tokens.find() else "disabled"
     # Ray reads the mode when it is imported, which was earlier; it refreshes its own copy in this way too.
     Config.initialize("")
