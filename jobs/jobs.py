@@ -32,15 +32,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         found = api.list()
         for line in submission.table(found):
             print(line)
-        return {"address": api.address, "jobs": [submission.outcome(api, job) for job in found]}
+        told = [{"job": job.id, "status": job.status, "exit_code": job.exit_code, **job.metadata} for job in found]
+        return {"address": api.address, "jobs": told}
     if arguments.action == "stop":
         job, stopped = api.stop(arguments.job)
-        return {**submission.outcome(api, job), "exit_code": 0, "skipped": not stopped}
+        return {"job": job.id, "address": api.address, "status": job.status, "skipped": not stopped}
     if arguments.follow:
         return submission.followed(api, arguments.job)
     job = api.info(arguments.job)
     sys.stdout.write(api.log(job).decode("utf-8", "replace"))
-    return {**submission.outcome(api, job), "exit_code": 0}
+    return {"job": job.id, "address": api.address, "status": job.status}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ BESIDE = ("pyproject.toml", "constraints.txt")
 LIMIT = 20 * 2**20
 """Bytes before compression: twenty times what the program has, far below what Ray's head takes."""
 EPOCH = (1980, 1, 1, 0, 0, 0)
+JOB = "VQRAY_JOB"
+"""An environment variable of a process that such an archive was unpacked for: the job's id."""
 
 
 class Package(NamedTuple):

@@ -18,8 +18,6 @@ from pipelines import jobs_api, project, storage, tokens
 from pipelines.errors import Refused, nearest_names
 from pipelines.jobs_api import Job, JobsApi
 
-JOB = "VQRAY_JOB"
-"""Set in a job, to its id."""
 OFTEN_MEANT = (
     "MLFLOW_TRACKING_URI",
     "MLFLOW_TRACKING_USERNAME",
@@ -104,10 +102,9 @@ def followed(api: JobsApi, job: str) -> dict[str, Any]:
 
 
 def outcome(api: JobsApi, job: Job) -> dict[str, Any]:
-    """How a job stands: its id, address, status and the exit code that a command about it returns."""
-    code = job.exit_code if job.over else 0
-    usable = code is not None and 0 <= code < 256
-    return {"job": job.id, "address": api.address, "status": job.status, "exit_code": code if usable else 1}
+    """How a job ended: its id, address, status, and the exit code for a command that stands for it."""
+    usable = job.exit_code is not None and 0 <= job.exit_code < 256
+    return {"job": job.id, "address": api.address, "status": job.status, "exit_code": job.exit_code if usable else 1}
 
 
 def table(jobs: Sequence[Job]) -> list[str]:
@@ -161,7 +158,7 @@ def _tell_variables(variables: Mapping[str, str]) -> None:
 
 def _runtime(job: str, variables: Mapping[str, str], token: tokens.Token) -> dict[str, Any]:
     environment = {
-        JOB: job,
+        project.JOB: job,
         # Ray's supervisor of the job reads this one; a bar once a second is enough in a log that is kept.
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),
         "TQDM_MININTERVAL": "1",
