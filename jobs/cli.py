@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jobs
+from pipelines import tokens
 from pipelines.errors import Failed, Refused, nearest_names
 
 NOT_VERBS = {"cli", "arguments"}
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     The last line of standard output is one JSON object; everything for people goes to standard error. Where a verb
     stands for another command, that one's `exit_code` is in the object, and is returned.
     """
+    # Before anything reads its environment: a job's variables come sealed. Ray opens them in workers, not here.
+    tokens.open_environment()
     words = list(sys.argv[1:] if argv is None else argv)
     known = verbs()
     if not words or words[0] in ("-h", "--help", "help"):
