@@ -19,3 +19,24 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
 
 def add_settings(parser: argparse.ArgumentParser, where: str) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", action="extend", help=where)
+
+
+def add_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        metavar="URL",
+        help="the cluster's dashboard (RAY_API_SERVER_ADDRESS, RAY_ADDRESS, http://127.0.0.1:8265)",
+    )
+
+
+def paths_of(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """What of a verb's arguments is a path, by option. A bundle is one where it has a slash in it, not as NAME@v3."""
+    found: dict[str, list[str]] = {}
+    for name in ("source", "shards", "codes", "out"):
+        if hasattr(arguments, name):
+            given = getattr(arguments, name)
+            found[f"--{name}"] = [str(one) for one in (given if isinstance(given, list) else [given or "(not given)"])]
+    bundle = getattr(arguments, "bundle", None)
+    if bundle and "/" in bundle:
+        found["--bundle"] = [bundle]
+    return found

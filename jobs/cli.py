@@ -7,11 +7,12 @@ import json
 import pkgutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jobs
+from pipelines import tokens
 from pipelines.errors import Failed, Refused, nearest_names
 
 NOT_VERBS = {"cli", "arguments"}
@@ -30,8 +31,11 @@ def verbs() -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Returns 0 when done, 2 when refused before work began, 1 when it failed during work.
 
-    The last line of standard output is one JSON object; everything for people goes to standard error.
+    The last line of standard output is one JSON object; everything for people goes to standard error. Where a verb
+    stands for another command, that one's `exit_code` is in the object, and is returned.
     """
+    # Before anything reads its environment: a job's variables come sealed. Ray opens them in workers, not here.
+    tokens.open_environment()
     words = list(sys.argv[1:] if argv is None else argv)
     known = verbs()
     if not words or words[0] in ("-h", "--help", "help"):
@@ -41,13 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in known:
         print(f"vqray: there is no verb {verb!r}; {nearest_names(verb, known)}", file=sys.stderr)
         return 2
+    parser, run = parser_of(verb)
+    return _carry_out(verb, run, parser.parse_args(rest))
+
+
+def parser_of(verb: str) -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], dict[str, Any]]]:
+    """The parser of one verb, and the function that carries it out."""
     module = importlib.import_module(f"jobs.{verb}")
     parser = argparse.ArgumentParser(
         prog=f"vqray {verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    arguments = parser.parse_args(rest)
-    return _carry_out(verb, module.run, arguments)
+    return parser, module.run
 
 
 def main_of(file: str) -> int:
@@ -80,7 +89,7 @@ def _carry_out(verb: str, run: Any, arguments: argparse.Namespace) -> int:
     if result.get("skipped"):
         print(f"vqray {verb}: this was done before; nothing to do", file=sys.stderr)
     print(json.dumps({**result, "seconds": seconds, "skipped": bool(result.get("skipped", False))}))
-    return 0
+    return int(result.get("exit_code", 0))
 
 
 if __name__ == "__main__":

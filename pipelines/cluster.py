@@ -5,14 +5,14 @@ import os
 import secrets
 import sys
 from pathlib import Path
+from typing import Any
 
 import ray
+import yaml
 from ray._raylet import Config  # type: ignore[attr-defined]  # compiled
 
-from pipelines import storage
+from pipelines import storage, tokens, tracking
 from pipelines.errors import Failed, Refused
-
-TOKEN = Path("~/.ray/auth_token")
 
 
 def connect() -> None:
@@ -50,6 +50,19 @@ def cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 0))
 
 
+def most(resource: str) -> float:
+    """CPUs, GPUs ... of the cluster, or of what it may grow to where `ray up` made it: such a one begins empty."""
+    connect()
+    has = float(ray.cluster_resources().get(resource, 0))
+    plan = _growth_plan()
+    if plan is None:
+        return has
+    kinds = plan["available_node_types"].values()
+    limit = int(plan["max_workers"])
+    each = [float(kind["resources"].get(resource, 0)) for kind in kinds for _ in range(kind["max_workers"])]
+    return max(has, sum(sorted(each, reverse=True)[:limit]))
+
+
 def require_free_cpu(patience: float = 300.0, gpus: float = 0) -> None:
     """Wait until a task of one CPU (and `gpus` CUDA devices) runs: Ray Data would wait too, but for ever and silently.
 
@@ -76,15 +89,30 @@ def require_free_cpu(patience: float = 300.0, gpus: float = 0) -> None:
             )
 
 
-def require_shared(*uris: str) -> None:
-    """Refuse local paths on a cluster of several machines: each would see files of its own."""
+def require_shared(*uris: str, tracked: bool = False) -> None:
+    """Refuse what only one machine of a cluster sees: local paths and, where the work is `tracked`, a database file."""
     connect()
     machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    local = [uri for uri in uris if storage.is_local(uri)]
-    if len(machines) > 1 and local:
+    here = tracking.uri() if tracked else ""
+    grows = _growth_plan() is not None
+    if len(machines) < 2 and not grows:
+        return
+    has = "starts others when it needs them" if grows else f"has {len(machines)}"
+    if local := [uri for uri in uris if storage.is_local(uri)]:
+        raise Refused(f"{', '.join(local)} is a path of one machine, and the cluster {has}; use s3:// URIs.")
+    if here.startswith("sqlite:"):
         raise Refused(
-            f"{', '.join(local)} is a path of one machine, and the cluster has {len(machines)}; use s3:// URIs."
+            f"MLflow at {tracking.where()} is a file of one machine, and the cluster {has}: start `mlflow server` and"
+            " set MLFLOW_TRACKING_URI to its address."
         )
+
+
+def _growth_plan() -> dict[str, Any] | None:
+    """What `ray up` leaves on a head, where this driver runs on one: Ray itself tells nobody what it may start."""
+    home = Path("~/ray_bootstrap_config.yaml").expanduser()
+    if not os.environ.get("RAY_ADDRESS") or not home.is_file():
+        return None
+    return dict(yaml.safe_load(home.read_text(encoding="utf-8")))
 
 
 def _nothing() -> None:
@@ -96,7 +124,6 @@ def _choose_auth(address: str) -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         os.environ["RAY_AUTH_MODE"] = "token"
     else:
-        found = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-        os.environ["RAY_AUTH_MODE"] = "token" if found or TOKEN.expanduser().exists() else "disabled"
+        os.environ["RAY_AUTH_MODE"] = "token" if tokens.find() else "disabled"
     # Ray reads the mode when it is imported, which was earlier; it refreshes its own copy in this way too.
     Config.initialize("")

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pipelines.errors import Failed, Refused
+from pipelines.project import JOB
 
 PARAM_LENGTH = 6000
 """MLflow keeps no more of a value. A setting that long is a list nobody reads there, and the card has it whole."""
@@ -27,8 +28,19 @@ ARTIFACTS = "vqray-artifacts"
 
 
 def uri() -> str:
-    """MLFLOW_TRACKING_URI, or a database file in the working directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'vqray.db'}"
+    """MLFLOW_TRACKING_URI, or a database file in the working directory.
+
+    Raises:
+        Refused: there is no such variable in a job, whose working directory nobody keeps.
+    """
+    if given := os.environ.get("MLFLOW_TRACKING_URI"):
+        return given
+    if JOB in os.environ:
+        raise Refused(
+            "this job has no MLFLOW_TRACKING_URI, and its working directory, where a database would be, is thrown away:"
+            " set it to a server, and submit with --env MLFLOW_TRACKING_URI."
+        )
+    return f"sqlite:///{Path.cwd() / 'vqray.db'}"
 
 
 def where() -> str:

@@ -1,5 +1,6 @@
 """Joining Ray: never with an implicit authentication mode, never by waiting in silence."""
 
+import json
 import os
 import subprocess
 import sys
@@ -55,12 +56,44 @@ def test_local_paths_are_refused_where_they_mean_different_files(
         cluster.require_shared("/somewhere", "s3://b/x")
 
 
+def test_a_database_file_is_refused_where_work_is_tracked_on_several_machines(
+    ray_instance: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeManagerAddress": f"10.0.0.{n}", "Alive": True} for n in range(2)])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////somewhere/vqray.db")
+    cluster.require_shared("s3://b/x")
+    with pytest.raises(Refused, match=r"MLflow at sqlite:////somewhere/vqray.db is a file of one machine"):
+        cluster.require_shared("s3://b/x", tracked=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://10.0.0.1:5000")
+    cluster.require_shared("s3://b/x", tracked=True)
+
+
+def test_a_cluster_that_ray_up_made_counts_what_it_may_start(
+    ray_instance: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cluster.most("CPU") == 4
+    kinds = {
+        "head": {"resources": {"CPU": 0}, "max_workers": 0},
+        "small": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 3},
+        "large": {"resources": {"CPU": 32, "GPU": 4}, "max_workers": 1},
+    }
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps({"max_workers": 3, "available_node_types": kinds}))
+    assert cluster.most("CPU") == 4  # a Ray of this process's own does not grow
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert cluster.most("CPU") == 32 + 8 + 8
+    assert cluster.most("GPU") == 4 + 1 + 1
+    assert cluster.most("TPU") == 0
+    with pytest.raises(Refused, match="/somewhere is a path of one machine, and the cluster starts others"):
+        cluster.require_shared("/somewhere")
+
+
 @pytest.mark.parametrize(
     ("given", "mode"),
     [
         ({}, "disabled"),
         ({"RAY_AUTH_TOKEN": "t"}, "token"),
-        ({"RAY_AUTH_TOKEN_PATH": "/t"}, "token"),
+        ({"RAY_AUTH_TOKEN_PATH": __file__}, "token"),
         ({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "t"}, "disabled"),
     ],
 )
