@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from pipelines import checkpoint, loop, storage
+from pipelines import checkpoint, loop, recipe, storage
 from pipelines.feed import Feed
 from pipelines.loop import Event, RunSpec
 from pipelines.shards import ShardReader
@@ -24,6 +24,13 @@ from pipelines.step import Wish
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.pipelines.forks"])
+
+for name in recipe.names():
+    recipe.load(name)
+# Its first step imports a good part of torch.
+still = torch.zeros(1, requires_grad=True)
+still.grad = torch.zeros(1)
+torch.optim.Adam([still]).step()
 
 WRITES = ("os.replace", "os.fsync", "shutil.rmtree", "safetensors.torch.save_file")
 """What writing a checkpoint comes down to. A process can be killed before and after each."""
