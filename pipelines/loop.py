@@ -6,7 +6,7 @@ behind the loop's back from copies (`pipelines.writer`); the state after any ste
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from pipelines.checkpoint import Checkpoint, Checkpoints
 from pipelines.errors import Failed, Refused
 from pipelines.feed import Feed
 from pipelines.places import Places
-from pipelines.recipe import Settings, Stage
+from pipelines.recipe import Batch, Settings, Stage
 from pipelines.step import How, Trainee, Wish, autocast, one_step
 from pipelines.watch import Totals, Watch
 from pipelines.writer import Writer
@@ -176,7 +176,7 @@ def _run_stage(number: int, before: int, trainee: Trainee, session: Session, sav
             )
 
 
-def _begin(trainee: Trainee, session: Session, epoch: Callable[[], Any], saved: Checkpoint | None) -> int:
+def _begin(trainee: Trainee, session: Session, epoch: Callable[[], Iterable[Batch]], saved: Checkpoint | None) -> int:
     """Put a stage into the state it goes on from, and return how many of its steps are done."""
     spec, stage = session.spec, trainee.stage
     if saved:
@@ -185,11 +185,19 @@ def _begin(trainee: Trainee, session: Session, epoch: Callable[[], Any], saved: 
     if spec.warm_from is not None:
         session.say({"kind": "log", "text": warm.start(trainee.model, spec.warm_from)})
     elif stage.seed is not None:
-        session.places.here = f"the seeding of stage {stage.name!r}"
         with torch.no_grad(), autocast(spec.precision, session.device):
-            sentence = stage.seed(trainee.model, epoch())
+            sentence = stage.seed(trainee.model, _for_seeding(epoch(), stage.name, session.places))
         session.say({"kind": "log", "text": sentence})
     return 0
+
+
+def _for_seeding(batches: Iterable[Batch], stage: str, places: Places) -> Iterator[Batch]:
+    places.here = f"the reading of rows to seed stage {stage!r}"
+    for batch in batches:
+        places.here = f"the seeding of stage {stage!r}"
+        yield batch
+        places.here = f"the reading of rows to seed stage {stage!r}"
+    places.here = f"the seeding of stage {stage!r}"
 
 
 def _forwards(quantizers: list[tuple[str, Quantizer]], spec: RunSpec) -> int:

@@ -53,20 +53,18 @@ class Places:
         if ours or self._store is None or not ("timed out" in text or "timeout" in text):
             return error
         rank, here = dist.get_rank(), self.here
-        missing = [
-            self._described(other)
-            for other in range(dist.get_world_size())
-            if other != rank and self._place_of(other)[0] != here
-        ]
-        who = "; ".join(missing) or "every worker says it is there too: the network between them does not carry"
+        others = (self._word_of(other) for other in range(dist.get_world_size()) if other != rank)
+        missing = [word for place, silence, word in others if place != here or silence > SILENT]
+        who = "; ".join(missing) or "all say they are there: one hangs inside it, or the network does not carry"
         return Hung(f"rank {rank} waited in vain in {here}: {who}.")
 
-    def _described(self, rank: int) -> str:
+    def _word_of(self, rank: int) -> tuple[str | None, float, str]:
+        """(place, seconds since it was told, both as words) of another worker."""
         place, silence = self._place_of(rank)
         if place is None:
-            return f"rank {rank} does not answer"
+            return None, silence, f"rank {rank} does not answer"
         silent = f", and its process has said nothing for {silence:.0f} s" if silence > SILENT else ""
-        return f"rank {rank} was in {place}{silent}"
+        return place, silence, f"rank {rank} was in {place}{silent}"
 
     def _place_of(self, rank: int) -> tuple[str | None, float]:
         """(place, seconds since it was told) of another worker; clocks of machines are taken to agree to seconds."""
