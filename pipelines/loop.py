@@ -30,6 +30,9 @@ Event = dict[str, Any]
 """What the loop says while it runs, as JSON values: `kind` is one of log, progress, metrics, checkpoint."""
 
 
+PRECISIONS = ("float32", "bf16")
+
+
 class Stopped(Failed):
     """The loop was asked to stop; its state is in a checkpoint."""
 

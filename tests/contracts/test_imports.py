@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("vqcore", "pipelines", "jobs", "tests")
 STORAGE_AND_CLUSTER = {"ray", "mlflow", "pyarrow", "s3fs", "fsspec"}
-RAY_MODULES = {"ingest", "encode", "train", "tune", "decode", "evaluate", "parts", "cluster", "mailbox"}
+RAY_MODULES = {"ingest", "encode", "group", "tune", "decode", "evaluate", "parts", "cluster", "mailbox"}
 MLFLOW_MODULES = {"tracking", "registry"}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNPICKLING = {"pickle.load", "pickle.loads", "pickle.Unpickler"}
