@@ -15,6 +15,7 @@ from torch import nn
 
 from pipelines import checkpoint, recipe, warm
 from pipelines.checkpoint import Checkpoint, Checkpoints
+from pipelines.collapse import Alarm
 from pipelines.errors import Failed, Refused
 from pipelines.feed import Feed
 from pipelines.places import Places
@@ -147,7 +148,8 @@ def _run_stage(number: int, before: int, trainee: Trainee, session: Session, sav
     source = session.feed.open(spec, session.settings, stage, session.device)
     trainee.model.train()
     first = _begin(trainee, session, source.epoch, saved)
-    watch = Watch(trainee.quantizers, session.places)
+    alarm = Alarm(stage.steps, session.settings, lambda text: say({"kind": "log", "text": text}))
+    watch = Watch(trainee.quantizers, session.places, alarm)
     for step in range(first, stage.steps):
         watch.step = step + 1
         torch.manual_seed(_seed_of(spec.seed, number, step, 1 + resolve(None).rank))

@@ -177,7 +177,7 @@ class Listener:
             case "metrics":
                 self.points.append((event["run_step"], event["metrics"]))
                 if self.bar is not None:
-                    self.bar.set_postfix(_headline(event["metrics"]), refresh=False)
+                    self.bar.set_postfix(headline(event["metrics"]), refresh=False)
 
     def _show(self, event: Event) -> None:
         name = f"train {event['stage']}"
@@ -189,10 +189,19 @@ class Listener:
         self.bar.update(event["step"] - self.bar.n)
 
 
-def _headline(metrics: dict[str, float]) -> dict[str, str]:
-    """The two or three numbers a person watches."""
+SHARES = {"speed/data_share": "data", "speed/reduce_share": "reduce"}
+
+
+def headline(metrics: dict[str, float]) -> dict[str, str]:
+    """The few numbers a person watches: losses, codes in use, rows a second, and what is not computing."""
     shown = {}
     for name, value in metrics.items():
         if name.startswith("train/loss/") or name.endswith("usage"):
             shown[name.removeprefix("train/").removeprefix("loss/")] = f"{value:.3g}"
+        elif name.endswith("dead_codes"):
+            shown[name.removeprefix("train/").replace("dead_codes", "dead")] = f"{value:.0f}"
+        elif name == "speed/rows_per_second":
+            shown["rows/s"] = f"{value:.3g}"
+        elif name in SHARES:
+            shown[SHARES[name]] = f"{value:.0%}"
     return shown

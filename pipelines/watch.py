@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pipelines.collapse import Alarm
 from pipelines.places import Places
 from pipelines.recipe import Losses
 from vqcore import metrics
@@ -31,9 +32,12 @@ class Totals:
 class Watch:
     """What is logged: means since the newest flush, usage from exact global counts, and where the time went."""
 
-    def __init__(self, quantizers: list[tuple[str, Quantizer]], places: Places | None = None):
+    def __init__(
+        self, quantizers: list[tuple[str, Quantizer]], places: Places | None = None, alarm: Alarm | None = None
+    ):
         self.quantizers = quantizers
         self.places = places or Places()
+        self.alarm = alarm
         self.step = 0
         """The step being made, for what is said of places."""
         self._restart()
@@ -78,6 +82,9 @@ class Watch:
             label = f"train/{name}/" if len(self.quantizers) > 1 else "train/"
             out[f"{label}usage"] = sum(float(metrics.usage(level)) for level in counts) / len(counts)
             out[f"{label}perplexity"] = sum(float(metrics.perplexity(level)) for level in counts) / len(counts)
+            out[f"{label}dead_codes"] = float(sum(int((level == 0).sum()) for level in counts))
+        if self.alarm is not None:
+            self.alarm.add(self.steps, self.counts)
         seconds = time.perf_counter() - self.began
         out["speed/steps_per_second"] = self.steps / seconds
         out["speed/rows_per_second"] = self.rows / seconds
