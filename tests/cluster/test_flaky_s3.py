@@ -51,7 +51,7 @@ def test_one_bad_answer_in_ten_changes_nothing(local, bucket, flaky, tmp_path):
         spec_of("plain_vq", local, tmp_path / "local", steps=16), Feed(ShardReader(local)), CPU, lambda _: None
     )
     shards = put(local, f"{bucket}/shards")
-    spec = spec_of("plain_vq", shards, Path("x"), steps=16, checkpoint_every=1, write_behind=False, out=f"{bucket}/run")
+    spec = spec_of("plain_vq", shards, f"{bucket}/run", steps=16, checkpoint_every=1, write_behind=False)
     said: list[loop.Event] = []
     model, _ = loop.train(spec, Feed(ShardReader(shards)), CPU, said.append)
     assert all(torch.equal(whole.state_dict()[key], value) for key, value in model.state_dict().items())
@@ -68,7 +68,7 @@ def test_training_goes_on_while_the_store_is_down_and_saves_when_it_is_back(
     monkeypatch.setenv("VQRAY_STORAGE_PATIENCE", "0.2")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     flaky.share = 0.0
-    spec = spec_of("plain_vq", local, Path("x"), steps=40, checkpoint_every=4, out=f"{bucket}/run", patience=60.0)
+    spec = spec_of("plain_vq", local, f"{bucket}/run", steps=40, checkpoint_every=4, patience=60.0)
     said: list[loop.Event] = []
 
     def tell(event: loop.Event) -> None:
