@@ -1,16 +1,18 @@
 """Checkpoints of a run: safetensors and JSON in directories whose JSON is written last. Nothing is ever unpickled."""
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipelines import storage
-from pipelines.errors import Failed
+from pipelines.errors import Failed, Refused
 
 FORMAT = "vqray-checkpoint"
 VERSION = 1
@@ -36,20 +38,24 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write one checkpoint, then drop all but the newest `keep`."""
+        """Write a snapshot (see `pack`), then drop all but the newest `keep`.
+
+        Raises:
+            Failed, Refused: the store does not take it; earlier checkpoints are as they were.
+        """
         home = storage.join(self.uri, f"{checkpoint.stage:03d}-{checkpoint.step:012d}")
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.tensors.items()}
-        data = safetensors.torch.save(tensors)
-        storage.write_atomic(storage.join(home, "state.safetensors"), data)
-        record = {
-            "format": FORMAT,
-            "version": VERSION,
-            "sha256": storage.sha256_of_bytes(data),
-            "state": checkpoint.state,
-        }
+        with storage.writing(storage.join(home, "state.safetensors")) as staged:
+            try:
+                safetensors.torch.save_file(checkpoint.tensors, staged)
+            except safetensors.SafetensorError as error:
+                raise Failed(f"could not write {home}: {error}") from None
+            digest = storage.sha256_of_file(staged)
+        record = {"format": FORMAT, "version": VERSION, "sha256": digest, "state": checkpoint.state}
         storage.write_json_atomic(storage.join(home, "state.json"), record)
-        for stage, step in self.complete()[: -self.keep]:
-            storage.remove(storage.join(self.uri, f"{stage:03d}-{step:012d}"))
+        # What stays for now is in nobody's way, and the next checkpoint's turn takes it too.
+        with contextlib.suppress(Failed, Refused):
+            for stage, step in self.complete()[: -self.keep]:
+                storage.remove(storage.join(self.uri, f"{stage:03d}-{step:012d}"))
 
     def complete(self) -> list[tuple[int, int]]:
         """(stage, step) of every finished checkpoint, oldest first."""
@@ -96,7 +102,7 @@ class Checkpoints:
 
 
 def pack(model: nn.Module, optimisers: dict[str, Optimizer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of a model and its optimisers as (tensors, JSON values)."""
+    """A snapshot of a model and its optimisers as (tensors, JSON values), which later steps do not change."""
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     plain: dict[str, Any] = {}
     for group, optimiser in optimisers.items():
@@ -109,7 +115,10 @@ def pack(model: nn.Module, optimisers: dict[str, Optimizer]) -> tuple[dict[str, 
                 else:
                     values.setdefault(str(index), {})[slot] = value
         plain[group] = {"param_groups": packed["param_groups"], "state": values}
-    return tensors, {"optimisers": plain}
+    # Copies also where a tensor is on the CPU already.
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, {
+        "optimisers": plain
+    }
 
 
 def unpack(checkpoint: Checkpoint, model: nn.Module, optimisers: dict[str, Optimizer]) -> None:

@@ -3,6 +3,8 @@
 `ray.train.report` would hold every worker up until the controller's next look; this holds up nobody.
 """
 
+import asyncio
+import contextlib
 import sys
 import threading
 import time
@@ -11,30 +13,61 @@ from typing import Any
 import ray
 from tqdm import tqdm
 
+from pipelines.errors import Failed
 from pipelines.loop import Event
+from pipelines.step import Wish
 from pipelines.tracking import Run
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_concurrency=64)
 class Mailbox:
-    """Between workers and driver. Outlives the worker group, so it also remembers an error that no restart mends."""
+    """Between workers and driver. Outlives the worker group, so it also remembers an error that no restart mends.
+
+    Its methods are coroutines, so that one may wait for what another brings.
+    """
 
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.error: str | None = None
+        self.stopping = False
+        self.last_words: str | None = None
+        self.saves_wished = 0
+        self.saved = asyncio.Event()
 
-    def put(self, events: list[Event]) -> None:
+    async def put(self, events: list[Event]) -> tuple[bool, int]:
+        """Returns what is wished from outside: (an end, how many times a checkpoint)."""
         self.events += events
+        if any(event["kind"] == "checkpoint" for event in events):
+            self.saved.set()
+        return self.stopping, self.saves_wished
 
-    def take(self) -> list[Event]:
+    async def take(self) -> list[Event]:
         events, self.events = self.events, []
         return events
 
-    def fail(self, text: str) -> None:
+    async def fail(self, text: str) -> None:
         self.error = self.error or text
 
-    def failure(self) -> str | None:
+    async def failure(self) -> str | None:
         return self.error
+
+    async def stop(self) -> None:
+        """Ask the workers to save and end."""
+        self.stopping = True
+
+    async def stop_with(self, text: str) -> None:
+        self.last_words = text
+
+    async def stopped(self) -> str | None:
+        """What the workers said when they had ended because they were asked to."""
+        return self.last_words
+
+    async def save(self, seconds: float) -> None:
+        """Ask the workers for a checkpoint and wait until one is written, at most so many seconds."""
+        self.saved.clear()
+        self.saves_wished += 1
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.saved.wait(), seconds)
 
 
 class Outbox:
@@ -45,6 +78,8 @@ class Outbox:
         self.mailbox, self.every, self.label = mailbox, every, label
         self.waiting: list[Event] = []
         self.sent = 0.0
+        self.reply: Any = None
+        self.saves_wished = 0
 
     def tell(self, event: Event) -> None:
         if event["kind"] == "progress" and self.waiting and self.waiting[-1]["kind"] == "progress":
@@ -57,45 +92,92 @@ class Outbox:
         """Send what waits; `ray.get` of what this returns waits until it is there."""
         events, self.waiting = self.waiting, []
         self.sent = time.monotonic()
-        return self.mailbox.put.remote(events)
+        sent = self.mailbox.put.remote(events)
+        # An earlier answer that was not read yet stays: it is the next to come.
+        self.reply = self.reply or sent
+        return sent
+
+    def wish(self) -> Wish:
+        """What the newest answer asks for. Waits for nothing."""
+        if self.reply is None or not ray.wait([self.reply], timeout=0)[0]:
+            return Wish.NOTHING
+        (stopping, saves), self.reply = ray.get(self.reply), None
+        if stopping:
+            return Wish.STOP
+        if saves > self.saves_wished:
+            self.saves_wished = saves
+            return Wish.SAVE
+        return Wish.NOTHING
 
 
 class Listener:
-    """Drains the mailbox on a thread of the driver, the only writer of the tracking store."""
+    """Drains the mailbox on a thread of the driver, the only writer of the tracking store.
+
+    A tracking store that fails does not end a run: what it missed waits, is sent with what comes next, and is counted
+    at the end if it never got there.
+    """
 
     def __init__(self, mailbox: Any, run: Run, every: float = 0.5):
         self.mailbox, self.run, self.every = mailbox, run, every
         self.done = threading.Event()
+        self.stop_wished = threading.Event()
+        """Set by whoever wants the workers to save and end."""
         self.thread = threading.Thread(target=self._listen, name="listener", daemon=True)
         self.bar: tqdm[Any] | None = None
+        self.points: list[tuple[int, dict[str, float]]] = []
+        self.untracked = False
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "Listener":
         self.thread.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.done.set()
         self.thread.join()
         if self.bar is not None:
             self.bar.close()
+        if self.points:
+            print(f"{len(self.points)} points of metrics did not reach the tracking store", file=sys.stderr)
 
     def _listen(self) -> None:
+        asked = False
         while True:
             finished = self.done.wait(self.every)
+            if self.stop_wished.is_set() and not asked:
+                asked = True
+                self._say("asked to stop: a checkpoint of the current step, then the end")
+                self.mailbox.stop.remote()
             for event in ray.get(self.mailbox.take.remote()):
                 self._hear(event)
+            self._track()
             if finished:
                 return
+
+    def _track(self) -> None:
+        if not self.points:
+            return
+        try:
+            self.run.log_metrics(self.points)
+        except Failed as error:
+            if not self.untracked:
+                self._say(f"{error} Training goes on; metrics wait to be sent.")
+            self.untracked = True
+        else:
+            self.points, self.untracked = [], False
+
+    def _say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
 
     def _hear(self, event: Event) -> None:
         match event["kind"]:
             case "log":
-                tqdm.write(event["text"], file=sys.stderr)
+                self._say(event["text"])
             case "progress":
                 self._show(event)
             case "metrics":
-                self.run.log_metrics([(event["run_step"], event["metrics"])])
+                self.points.append((event["run_step"], event["metrics"]))
                 if self.bar is not None:
-                    self.bar.set_postfix(_headline(event["metrics"]), refresh=False)
+                    self.bar.set_postfix(headline(event["metrics"]), refresh=False)
 
     def _show(self, event: Event) -> None:
         name = f"train {event['stage']}"
@@ -107,10 +189,19 @@ class Listener:
         self.bar.update(event["step"] - self.bar.n)
 
 
-def _headline(metrics: dict[str, float]) -> dict[str, str]:
-    """The two or three numbers a person watches."""
+SHARES = {"speed/data_share": "data", "speed/reduce_share": "reduce"}
+
+
+def headline(metrics: dict[str, float]) -> dict[str, str]:
+    """The few numbers a person watches: losses, codes in use, rows a second, and what is not computing."""
     shown = {}
     for name, value in metrics.items():
         if name.startswith("train/loss/") or name.endswith("usage"):
             shown[name.removeprefix("train/").removeprefix("loss/")] = f"{value:.3g}"
+        elif name.endswith("dead_codes"):
+            shown[name.removeprefix("train/").replace("dead_codes", "dead")] = f"{value:.0f}"
+        elif name == "speed/rows_per_second":
+            shown["rows/s"] = f"{value:.3g}"
+        elif name in SHARES:
+            shown[SHARES[name]] = f"{value:.0%}"
     return shown

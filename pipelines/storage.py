@@ -1,30 +1,43 @@
 """Every path is a URI: a local path, file:// or s3:// (through s3fs, which honours AWS_ENDPOINT_URL and AWS_*).
 
 A file appears whole or not at all. A missing URI is Refused by name; what the disk or the network does later is Failed.
+An object store that has answered before and now does not is asked again for $VQRAY_STORAGE_PATIENCE seconds (120).
 Messages never carry credentials.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import stat
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache as once
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
 from pipelines.errors import Failed, Refused
+from pipelines.retries import pauses
+
+T = TypeVar("T")
 
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
+BUSY = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded")
+"""Codes of answers with which S3 asks to be asked again later."""
+
 MULTIPART_BYTES = 16 * 2**20
 """A file of twice as much or more goes to s3 in parts of this size, several at once."""
+
+
+class Unanswered(Failed):
+    """The object store gave no answer, or one that it is not well, for all the patience there was. It may pass."""
 
 
 class Entry(NamedTuple):
@@ -78,15 +91,19 @@ def join(uri: str, *names: str) -> str:
 def exists(uri: str) -> bool:
     """Whether there is a file or a directory; on s3, whether any key begins with `uri/`."""
     uri = normalise(uri)
-    with _told(uri, "look for"):
-        return os.path.exists(uri) if is_local(uri) else bool(_s3().exists(uri))
+    if is_local(uri):
+        with _told(uri, "look for"):
+            return os.path.exists(uri)
+    return _asked(uri, "look for", lambda: bool(_s3().exists(uri)))
 
 
 def size(uri: str) -> int:
     """Bytes of one file."""
     uri = normalise(uri)
-    with _told(uri, "look at"):
-        return os.stat(uri).st_size if is_local(uri) else int(_s3().info(uri)["size"])
+    if is_local(uri):
+        with _told(uri, "look at"):
+            return os.stat(uri).st_size
+    return _asked(uri, "look at", lambda: int(_s3().info(uri)["size"]))
 
 
 def list_files(uri: str) -> list[Entry]:
@@ -102,8 +119,7 @@ def list_files(uri: str) -> list[Entry]:
             alone = Entry(_shown(os.path.basename(uri)), uri, about.st_size)
             found = list(_walk(uri)) if stat.S_ISDIR(about.st_mode) else [alone]
         else:
-            fs = _s3()
-            listed = fs.find(uri, detail=True)
+            listed = _asked(uri, "list", lambda: _s3().find(uri, detail=True))
             if not listed:
                 raise FileNotFoundError(uri)
             top = uri.removeprefix("s3://")
@@ -118,12 +134,11 @@ def list_files(uri: str) -> list[Entry]:
 def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
     """Bytes [start, stop) of a file; all of it by default."""
     uri = normalise(uri)
-    with _told(uri, "read"):
-        if not is_local(uri):
-            return cast(bytes, _s3().cat_file(uri, start=start, end=stop))
-        with open(uri, "rb") as file:
-            file.seek(start or 0)
-            return file.read() if stop is None else file.read(max(0, stop - (start or 0)))
+    if not is_local(uri):
+        return _asked(uri, "read", lambda: cast(bytes, _s3().cat_file(uri, start=start, end=stop)))
+    with _told(uri, "read"), open(uri, "rb") as file:
+        file.seek(start or 0)
+        return file.read() if stop is None else file.read(max(0, stop - (start or 0)))
 
 
 def open_read(uri: str) -> BinaryIO:
@@ -148,15 +163,15 @@ def writing(uri: str, sync: bool = True) -> Iterator[Path]:
     staged = folder / f".{uri.rsplit('/', 1)[-1][-64:]}.{uuid.uuid4().hex}.tmp"
     try:
         yield staged
+        if not local:
+            _asked(uri, "write", lambda: _s3().put_file(str(staged), uri, chunksize=MULTIPART_BYTES))
+            return
         with _told(uri, "write"):
-            if local:
-                if sync:
-                    _sync(staged)
-                os.replace(staged, uri)
-                if sync:
-                    _sync(folder)
-            else:
-                _s3().put_file(str(staged), uri, chunksize=MULTIPART_BYTES)
+            if sync:
+                _sync(staged)
+            os.replace(staged, uri)
+            if sync:
+                _sync(folder)
     finally:
         staged.unlink(missing_ok=True)
 
@@ -168,8 +183,7 @@ def write_atomic(uri: str, data: bytes) -> None:
         with writing(uri) as staged, _told(uri, "write"):
             staged.write_bytes(data)
     else:
-        with _told(uri, "write"):
-            _s3().pipe_file(uri, data)
+        _asked(uri, "write", lambda: _s3().pipe_file(uri, data))
 
 
 def upload(path: str | Path, uri: str) -> None:
@@ -196,7 +210,7 @@ def local_copy(uri: str, sha256: str | None = None, cache: str | Path | None = N
         kept = _cached(uri, sha256, cache)
         if not kept.exists():
             with writing(str(kept)) as staged:
-                _s3().get_file(uri, str(staged))
+                _asked(uri, "download", lambda: _s3().get_file(uri, str(staged)))
                 found = sha256_of_file(staged) if sha256 else None
                 if found != sha256:
                     raise Failed(
@@ -214,11 +228,14 @@ def forget_copy(uri: str, sha256: str | None = None, cache: str | Path | None = 
 def remove(uri: str) -> None:
     """Delete a file, or a directory with all it holds; nothing there is fine."""
     uri = normalise(uri)
+    if not is_local(uri):
+        if exists(uri):
+            # Of a try whose answer was lost nothing may be left to delete.
+            with suppress(Refused):
+                _asked(uri, "remove", lambda: _s3().rm(uri, recursive=True))
+        return
     with _told(uri, "remove"):
-        if not is_local(uri):
-            if _s3().exists(uri):
-                _s3().rm(uri, recursive=True)
-        elif os.path.isdir(uri) and not os.path.islink(uri):
+        if os.path.isdir(uri) and not os.path.islink(uri):
             shutil.rmtree(uri)
         else:
             Path(uri).unlink(missing_ok=True)
@@ -299,7 +316,7 @@ def _cached(uri: str, sha256: str | None, cache: str | Path | None) -> Path:
     root = Path(cache or os.environ.get("VQRAY_CACHE") or _user_cache())
     state = sha256
     if state is None:
-        info = _s3().info(uri)
+        info = _asked(uri, "look at", lambda: _s3().info(uri))
         state = f"{info.get('ETag')} {info['size']} {info.get('LastModified')}"
     # The name is kept at the end: corpora recognise files by their suffix.
     return root / hashlib.sha256(f"{uri}\n{state}".encode()).hexdigest()[:32] / uri.rsplit("/", 1)[-1]
@@ -326,9 +343,49 @@ def _s3() -> Any:
 
 @once
 def _network_errors() -> tuple[type[Exception], ...]:
+    from aiohttp import ClientError as Connection
     from botocore.exceptions import BotoCoreError, ClientError
 
-    return BotoCoreError, ClientError
+    return BotoCoreError, ClientError, Connection
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same question may be answered later: the network's faults and a store that is not well."""
+    from aiohttp import ClientError as Connection
+    from botocore import exceptions as boto
+
+    if isinstance(error, boto.ClientError):
+        answer = error.response
+        code = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return code >= 500 or code == 429 or answer.get("Error", {}).get("Code") in BUSY
+    if isinstance(error, OSError):
+        # s3fs tells most faults as errors of the operating system, those of the server as EIO and EBUSY.
+        return isinstance(error, TimeoutError | ConnectionError) or error.errno in (None, errno.EIO, errno.EBUSY)
+    return isinstance(error, Connection | boto.ConnectionError | boto.HTTPClientError | boto.IncompleteReadError)
+
+
+_answered = False
+"""Whether an object store has answered in this process. One that never did is a wrong address, not a passing fault."""
+
+
+def _asked(uri: str, verb: str, question: Callable[[], T]) -> T:
+    """What the object store answers; asked again, with growing pauses, while it is not well."""
+    global _answered
+    patience, began, waits = float(os.environ.get("VQRAY_STORAGE_PATIENCE") or 120), time.monotonic(), pauses()
+    while True:
+        try:
+            with _told(uri, verb):
+                found = question()
+        except Unanswered:
+            if not _answered or time.monotonic() - began > patience:
+                raise
+        except Refused:
+            _answered = True
+            raise
+        else:
+            _answered = True
+            return found
+        time.sleep(next(waits))
 
 
 @contextmanager
@@ -341,11 +398,13 @@ def _told(uri: str, verb: str) -> Iterator[None]:
     except PermissionError as error:
         raise Refused(f"could not {verb} {uri}: permission denied ({_plain(error)}).") from None
     except OSError as error:
-        raise Failed(f"could not {verb} {uri}: {_plain(error)}.") from None
+        kind = Failed if is_local(uri) or not _may_pass(error) else Unanswered
+        raise kind(f"could not {verb} {uri}: {_plain(error)}.") from None
     except Exception as error:
         if is_local(uri) or not isinstance(error, _network_errors()):
             raise
-        raise Failed(
+        kind = Unanswered if _may_pass(error) else Failed
+        raise kind(
             f"could not {verb} {uri}: {_plain(error)}. Check AWS_ENDPOINT_URL and the AWS_* credentials."
         ) from None
 

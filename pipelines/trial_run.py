@@ -8,7 +8,7 @@ on from there, after any death.
 import math
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -126,6 +126,9 @@ def run_trial(
         request = request_of(common, proposal, out)
         prepared = train.prepare(request)
         train.claim_run(prepared)
+        if common.rungs:
+            # What is told of a checkpoint is scored there and then.
+            prepared = replace(prepared, spec=replace(prepared.spec, write_behind=False))
         deeper = bundled(out, proposal.prefix_of)
         if not train.has_bundle(prepared.spec.out) and deeper is not None:
             _cut(storage.join(home_of(out, deeper), "run"), prepared)

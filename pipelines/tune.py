@@ -280,10 +280,10 @@ def _slots(request: Search, remaining: int) -> int:
         Refused: the cluster holds not even one.
     """
     train.check_room(request.workers, request.gpus_per_worker)
-    cpus = cluster.cpus()
+    cpus = int(cluster.most("CPU"))
     room = cpus // request.workers
     if request.gpus_per_worker:
-        room = min(room, int(ray.cluster_resources().get("GPU", 0.0) / (request.workers * request.gpus_per_worker)))
+        room = min(room, int(cluster.most("GPU") / (request.workers * request.gpus_per_worker)))
     if request.concurrent is not None and request.concurrent > room:
         each = f" of {request.workers} workers" if request.workers > 1 else ""
         print(

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pipelines.collapse import Alarm
+from pipelines.places import Places
 from pipelines.recipe import Losses
 from vqcore import metrics
 from vqcore.quantizers.contract import Quantizer
@@ -30,8 +32,14 @@ class Totals:
 class Watch:
     """What is logged: means since the newest flush, usage from exact global counts, and where the time went."""
 
-    def __init__(self, quantizers: list[tuple[str, Quantizer]]):
+    def __init__(
+        self, quantizers: list[tuple[str, Quantizer]], places: Places | None = None, alarm: Alarm | None = None
+    ):
         self.quantizers = quantizers
+        self.places = places or Places()
+        self.alarm = alarm
+        self.step = 0
+        """The step being made, for what is said of places."""
         self._restart()
 
     def _restart(self) -> None:
@@ -40,10 +48,12 @@ class Watch:
         self.rows = 0.0
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, list[Tensor]] = {}
-        self.spent = {"data": 0.0, "reduce": 0.0}
+        self.spent = {"data": 0.0, "reduce": 0.0, "compute": 0.0}
 
-    def part(self, name: str) -> "_Timed":
-        return _Timed(self.spent, name)
+    def part(self, name: str, doing: str) -> "Part":
+        """A stretch of a step whose time counts as `name`; meanwhile this worker is known to be `doing` that."""
+        self.places.here = f"{doing} of step {self.step:,}"
+        return Part(self.spent, name)
 
     def add(self, losses: Losses) -> None:
         for name, value in (*((f"loss/{g}", loss.detach()) for g, loss in losses.groups.items()), *losses.logs.items()):
@@ -72,6 +82,9 @@ class Watch:
             label = f"train/{name}/" if len(self.quantizers) > 1 else "train/"
             out[f"{label}usage"] = sum(float(metrics.usage(level)) for level in counts) / len(counts)
             out[f"{label}perplexity"] = sum(float(metrics.perplexity(level)) for level in counts) / len(counts)
+            out[f"{label}dead_codes"] = float(sum(int((level == 0).sum()) for level in counts))
+        if self.alarm is not None:
+            self.alarm.add(self.steps, self.counts)
         seconds = time.perf_counter() - self.began
         out["speed/steps_per_second"] = self.steps / seconds
         out["speed/rows_per_second"] = self.rows / seconds
@@ -83,12 +96,20 @@ class Watch:
         return out
 
 
-class _Timed:
+class Part:
+    """A stretch of time that is added to a sum."""
+
     def __init__(self, spent: dict[str, float], name: str):
         self.spent, self.name = spent, name
 
-    def __enter__(self) -> None:
+    def start(self) -> None:
         self.began = time.perf_counter()
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
         self.spent[self.name] += time.perf_counter() - self.began
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()

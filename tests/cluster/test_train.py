@@ -3,20 +3,24 @@
 import contextlib
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from pipelines import train
+from pipelines import group, train
 from pipelines.checkpoint import Checkpoints
 from pipelines.errors import Failed, Refused
 from pipelines.train import Request
+from tests.cluster import recorded
 from tests.pipelines.loops import TINY, make_shards, run_workers, spec_of, state_of
 from vqcore.bundle import read_bundle
 
@@ -49,11 +53,22 @@ def assert_same_weights(out: Path, weights: dict) -> None:
         assert tensor.equal(weights[name]), name
 
 
-def wait_for_checkpoint(out: Path, seconds: float = 400) -> None:
+def wait_until(what: Callable[[], object], otherwise: str, seconds: float = 400) -> None:
     until = time.monotonic() + seconds
-    while not Checkpoints(str(out)).complete():
-        assert time.monotonic() < until, "no checkpoint was written"
-        time.sleep(0.05)
+    while not what():
+        assert time.monotonic() < until, otherwise
+        time.sleep(0.02)
+
+
+def wait_for_checkpoint(out: Path) -> None:
+    wait_until(lambda: Checkpoints(str(out)).complete(), "no checkpoint was written")
+
+
+def end(processes: list[psutil.Process]) -> None:
+    """Ray's own agents outlive a killed driver for a while."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @pytest.mark.usefixtures("ray_instance")
@@ -61,10 +76,11 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_bits_of_an_undist
     shards, tmp_path, undisturbed, monkeypatch
 ):
     out = tmp_path / "run"
-    killed = []
+    monkeypatch.setattr(group, "_worker", recorded.worker)
+    at, killed = random.Random(1).randrange(41, STEPS - 10), []
 
     def kill_one() -> None:
-        wait_for_checkpoint(out)
+        wait_until(lambda: recorded.newest_step(out) >= at, f"step {at} was not made")
         workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
         os.kill(workers[-1].pid, signal.SIGKILL)
         killed.append(workers[-1].pid)
@@ -76,6 +92,11 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_bits_of_an_undist
     assert killed
     assert_same_weights(out, undisturbed)
     assert outcome.metrics["train/usage"] > 0
+    spec = train.prepare(request_for(shards, out, workers=2)).spec
+    recorded.check_rows(spec, STEPS)
+    # What was made since the newest checkpoint was made twice, and no more.
+    twice = [step for step, times in recorded.rows_of_steps(out).items() if len(times) == 2]
+    assert twice == list(range(at // 40 * 40, at // 40 * 40 + len(twice)))
 
     again = train.train(request_for(shards, out, workers=1))
     assert again.skipped
@@ -85,17 +106,36 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_bits_of_an_undist
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_a_worker_that_hangs_is_named_and_replaced(shards, tmp_path, undisturbed, monkeypatch, capfd):
+    out = tmp_path / "run"
+    monkeypatch.setattr(group, "_worker", recorded.hanging_worker)
+    train.train(request_for(shards, out, workers=2, hang_after=6.0))
+    said = capfd.readouterr().err
+    assert "rank 0 waited in vain in the sum of counts of step 51: rank 1 was in the reading of rows of step 51" in said
+    assert "its process has said nothing for" in said
+    assert "The workers start again from the newest checkpoint." in said
+    assert_same_weights(out, undisturbed)
+    recorded.check_rows(train.prepare(request_for(shards, out, workers=2)).spec, STEPS)
+
+
+def command_for(shards: str, out: Path, steps: int = STEPS) -> list[str]:
+    settings = [f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in TINY[NAME].items()]
+    return [
+        sys.executable, "-m", "jobs.cli", "train", "--recipe", NAME, "--shards", shards, "--out", str(out),
+        "--preset", "small", "--workers", "2", "--steps", str(steps), "--checkpoint-every", "40", "--set", *settings,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
 def test_a_killed_driver_leaves_checkpoints_from_which_the_same_command_goes_on(shards, tmp_path, undisturbed):
     out = tmp_path / "run"
-    settings = [f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in TINY[NAME].items()]
-    command = [
-        sys.executable, "-m", "jobs.cli", "train", "--recipe", NAME, "--shards", shards, "--out", str(out),
-        "--preset", "small", "--workers", "2", "--steps", str(STEPS), "--checkpoint-every", "40", "--set", *settings,
-    ]  # fmt: skip
+    command = command_for(shards, out)
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'vqray.db'}"}
     first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         wait_for_checkpoint(out)
+        time.sleep(random.Random(2).random())
     finally:
         family = psutil.Process(first.pid).children(recursive=True)
         names = {process.pid: " ".join(process.cmdline()) for process in family}
@@ -105,10 +145,7 @@ def test_a_killed_driver_leaves_checkpoints_from_which_the_same_command_goes_on(
     assert len(workers) == 2
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
-    for process in family:
-        # Ray's own agents outlive a killed driver for a while.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    end(family)
     assert not (out / "bundle").exists()
 
     second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -116,6 +153,32 @@ def test_a_killed_driver_leaves_checkpoints_from_which_the_same_command_goes_on(
     assert "resuming" in second.stderr
     assert json.loads(second.stdout.splitlines()[-1])["digest"]
     assert_same_weights(out, undisturbed)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_ends_and_the_same_command_goes_on(shards, tmp_path):
+    out = tmp_path / "run"
+    command = command_for(shards, out, steps=1500)
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'vqray.db'}"}
+    first = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        wait_for_checkpoint(out)
+        first.terminate()
+        stdout, stderr = first.communicate(timeout=60)
+    finally:
+        first.kill()
+    assert first.returncode == 1
+    step = int(
+        re.search(r"stopped as asked after step ([\d,]+), whose checkpoint is written", stderr)[1].replace(",", "")
+    )
+    assert Checkpoints(str(out)).complete()[-1] == (0, step)
+    assert stdout == ""
+
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    assert f"after step {step:,}" in second.stderr
+    run_workers(2, tmp_path, {"whole": spec_of(NAME, shards, tmp_path / "whole", steps=1500, checkpoint_every=500)})
+    assert_same_weights(out, state_of(tmp_path, "whole", 0, 2))
 
 
 @pytest.mark.usefixtures("ray_instance")

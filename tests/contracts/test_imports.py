@@ -12,7 +12,7 @@ STORAGE_AND_CLUSTER = {"ray", "mlflow", "pyarrow", "s3fs", "fsspec"}
 RAY_MODULES = {
     "ingest",
     "encode",
-    "train",
+    "group",
     "tune",
     "decode",
     "evaluate",

@@ -20,6 +20,7 @@ from pipelines.manifest import Manifest, Units, describe, save_manifest
 from pipelines.shards import ShardReader, ShardWriter
 from vqcore import reduction
 
+CPU = torch.device("cpu")
 SIDE = 8
 TINY = {
     "rotation_trick": {
@@ -63,7 +64,7 @@ def make_shards(home: Path, rows: int = 45, parts: int = 2, side: int = SIDE) ->
     return str(home)
 
 
-def spec_of(name: str, shards: str, out: Path, **changes: Any) -> RunSpec:
+def spec_of(name: str, shards: str, out: str | Path, **changes: Any) -> RunSpec:
     """A run of a tiny model. Keyword arguments are fields of RunSpec, or else settings of the recipe."""
     fields = {key: changes.pop(key) for key in list(changes) if key in RunSpec.__dataclass_fields__}
     found = recipe.load(name)

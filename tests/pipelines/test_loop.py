@@ -150,6 +150,63 @@ def test_micro_batches_add_up_to_the_whole_batch(shards, tmp_path):
         assert torch.allclose(value.double(), cut.state_dict()[name].double(), rtol=0, atol=1e-10), name
 
 
+def test_fewer_workers_than_planned_make_more_forwards_of_the_same_size_and_one_update(shards, tmp_path, monkeypatch):
+    sizes = []
+    found = recipe.load("plain_vq")
+    spec = spec_of("plain_vq", shards, tmp_path / "few", steps=6, double=True, most_workers=4, micro_batches=2)
+    (stage,) = found.stages(found.Settings(**spec.settings))
+
+    def losses(model: torch.nn.Module, batch: Batch, share: Share) -> Losses:
+        sizes.append(len(batch.mask))
+        return stage.losses(model, batch, share)
+
+    monkeypatch.setattr(recipe, "load", lambda _: _with(found, stages=lambda s: (_with(stage, losses=losses),)))
+    few, _ = loop.train(spec, _feed(shards), CPU, lambda _: None)
+    # A batch of 8 over 4 workers and 2 micro-batches each.
+    assert set(sizes) == {1}
+    assert len(sizes) == 6 * 8
+    assert few.quantizer.codebook.step == 6
+    whole, _ = loop.train(
+        spec_of("plain_vq", shards, tmp_path / "whole", steps=6, double=True), _feed(shards), CPU, lambda _: None
+    )
+    for name, value in whole.state_dict().items():
+        assert torch.allclose(value.double(), few.state_dict()[name].double(), rtol=0, atol=1e-10), name
+
+
+def test_bf16_computes_networks_in_bfloat16_and_codebooks_in_float32(shards, tmp_path, monkeypatch):
+    found = recipe.load("rotation_trick")
+    spec = spec_of("rotation_trick", shards, tmp_path / "half", steps=12, precision="bf16")
+    (stage,) = found.stages(found.Settings(**spec.settings))
+    seen = []
+
+    def losses(model: torch.nn.Module, batch: Batch, share: Share) -> Losses:
+        latents = model.latents(batch)
+        seen.append(latents.x.dtype)
+        model.eval()
+        codes = model.quantizer.assign(latents.x, latents.mask)
+        model.train()
+        x = latents.x.float().flatten(0, -2)
+        exact = torch.cdist(x.double(), model.quantizer.codebook.vectors.double()).argmin(1)
+        valid = codes.flatten() >= 0
+        assert torch.equal(codes.flatten()[valid], exact[valid])
+        return stage.losses(model, batch, share)
+
+    monkeypatch.setattr(recipe, "load", lambda _: _with(found, stages=lambda s: (_with(stage, losses=losses),)))
+    half, totals = loop.train(spec, _feed(shards), CPU, lambda _: None)
+    assert set(seen) == {torch.bfloat16}
+    book = half.quantizer.codebook
+    assert {book.vectors.dtype, *(parameter.dtype for parameter in half.parameters())} == {torch.float32}
+    assert {book.counts.dtype, book.sums.dtype} == {torch.float64}
+    assert totals.skipped_steps == 0
+    # It is another result, and as good a one as three digits allow.
+    monkeypatch.undo()
+    whole, exact = loop.train(
+        spec_of("rotation_trick", shards, tmp_path / "whole", steps=12), _feed(shards), CPU, lambda _: None
+    )
+    assert not torch.equal(whole.quantizer.codebook.vectors, book.vectors)
+    assert totals.latest["train/loss/model"] == pytest.approx(exact.latest["train/loss/model"], rel=0.1)
+
+
 def test_a_quantizer_that_updates_at_every_forward_takes_one_a_step(shards, tmp_path, monkeypatch):
     found = recipe.load("plain_vq")
     spec = spec_of("plain_vq", shards, tmp_path / "run", steps=4)
