@@ -142,7 +142,9 @@ class SaveFirst(ControllerCallback):
         self.mailbox, self.running = mailbox, False
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        self.running = type(current_state).__name__ in ("RunningState", "ResizingState")
+        before, now = type(previous_state).__name__, type(current_state).__name__
+        # A group that runs stays until its successor is started: running, resizing, scheduling.
+        self.running = now in ("RunningState", "ResizingState") or (now == "SchedulingState" and "Resizing" in before)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         if self.running:

@@ -1,9 +1,10 @@
-"""The worker's end of the mailbox."""
+"""Both ends of the mailbox."""
 
 import time
 
+from pipelines.errors import Failed
 from pipelines.loop import Event
-from pipelines.mailbox import Outbox
+from pipelines.mailbox import Listener, Outbox
 
 
 def test_the_mailbox_keeps_only_the_newest_progress():
@@ -23,3 +24,25 @@ def test_the_mailbox_keeps_only_the_newest_progress():
     outbox.tell({"kind": "log", "text": "x"})
     outbox.flush()
     assert [event.get("step") for event in mailbox.sent] == [4, None]
+
+
+def test_metrics_that_the_tracking_store_missed_are_sent_with_the_next_and_it_is_said_once(capsys):
+    class Store:
+        def __init__(self) -> None:
+            self.kept: list = []
+            self.well = False
+
+        def log_metrics(self, points: list) -> None:
+            if not self.well:
+                raise Failed("could not log metrics in MLflow at x: no answer.")
+            self.kept.append(list(points))
+
+    store = Store()
+    listener = Listener(None, store)
+    for step in (1, 2, 3):
+        listener._hear({"kind": "metrics", "run_step": step, "metrics": {"loss": 1.0 / step}})
+        store.well = step == 3
+        listener._track()
+    listener._track()
+    assert [[step for step, _ in points] for points in store.kept] == [[1, 2, 3]]
+    assert capsys.readouterr().err.count("no answer. Training goes on; metrics wait to be sent.") == 1
