@@ -155,6 +155,9 @@ class Recipe:
     """Setting -> search expression for tuning, in the grammar of `--set`: `choice:a,b` or `a..b:log2`."""
     distortion: str = "mse"
     """The metric, lower is better, that tuning calls `distortion`: what is lost between a row and its codes."""
+    geometry: Callable[[Any, Float[Tensor, "L K"]], dict[str, float]] | None = None
+    """(model, how often each code of each level was chosen in the split) -> metrics of the codes in use, such as how
+    alike they are."""
     pictures: Callable[[Any, Batch], dict[str, Any]] | None = None
     """A few rows -> name -> matplotlib Figure."""
     demo: Demo | None = None
