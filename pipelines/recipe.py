@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from jaxtyping import Bool, Float, Int64
@@ -117,6 +118,37 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class ReportJob:
+    """What a recipe's report is made from."""
+
+    trained: Any
+    """The opened bundle (`pipelines.trained.Trained`)."""
+    directory: Path
+    """The bundle, on this machine."""
+    reader: Any
+    """`pipelines.shards.ShardReader` of shards that fit the bundle."""
+    split: str
+    settings: Any
+    """Of the report's own model."""
+    out: str
+    """The directory that its files go to."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a recipe tells of a trained model beyond metrics: files people read."""
+
+    Settings: type[BaseModel]
+    """Fields with `exclude=True` say where something lies; all others are part of what the report is of."""
+    write: Callable[[ReportJob], dict[str, float]]
+    """Makes the files; its metrics. Called again after a kill, it does what is missing."""
+    files: tuple[str, ...]
+    """Names below `out` that it may make, those for people first."""
+    refuse: Callable[[ReportJob], None] | None = None
+    """Raises Refused, before work begins, for what cannot end well."""
+
+
+@dataclass(frozen=True)
 class Demo:
     """Real data small enough to try a recipe on, from the package registry."""
 
@@ -160,6 +192,7 @@ class Recipe:
     alike they are."""
     pictures: Callable[[Any, Batch], dict[str, Any]] | None = None
     """A few rows -> name -> matplotlib Figure."""
+    report: Report | None = None
     demo: Demo | None = None
     name: str = ""
     summary: str = ""

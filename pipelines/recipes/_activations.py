@@ -1,6 +1,6 @@
-"""What recipes over activations share: which layers, and how alike directions are."""
+"""What recipes over activations share: which layers, how alike directions are, which of them is a row's."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipelines.errors import Refused
+from vqcore import assign
 
 LAYER = "layer_"
 
@@ -47,3 +48,12 @@ def alikeness(vectors: Float[Tensor, "K D"]) -> dict[str, float]:
     # Of sums over vectors: no K x K matrix.
     cosine = (unit.sum(0).square().sum() - unit.square().sum()) / (count * (count - 1))
     return {"active_codes": float(count), "code_cosine": float(cosine)}
+
+
+def nearest_directions(vectors: Float[Tensor, "K D"]) -> Callable[[Float[Tensor, "N D"]], Float[Tensor, "N 1 D"]]:
+    """Rows -> the one of `vectors` that is nearest to each."""
+
+    def directions(rows: Float[Tensor, "N D"]) -> Float[Tensor, "N 1 D"]:
+        return vectors[assign.nearest(rows.to(vectors), vectors)].unsqueeze(1)
+
+    return directions

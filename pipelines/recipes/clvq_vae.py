@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from pipelines.errors import Refused
-from pipelines.recipe import Batch, Grouping, Losses, Measured, Recipe, Settings, Share, Stage
+from pipelines.recipe import Batch, Grouping, Losses, Measured, Recipe, Report, ReportJob, Settings, Share, Stage
 from pipelines.recipes import _activations as activations
+from pipelines.recipes import _concept_report as reports
 from vqcore import losses, seeding
 from vqcore.quantizers import Quantized, TemperedQuantizer, VectorBatch
 
@@ -314,6 +315,22 @@ def geometry(model: CrossLayer, counts: Float[Tensor, "1 K"]) -> dict[str, float
     return activations.alikeness(model.quantizer.codebook.vectors[counts[0] > 0])
 
 
+def concept_model(model: CrossLayer) -> reports.ConceptModel:
+    """Codes as directions of the lower layer: that of a row is the vector of the code nearest to its z_e."""
+    s, book = model.settings, model.quantizer.codebook.vectors
+
+    def directions(rows: Float[Tensor, "N D"]) -> Float[Tensor, "N 1 D"]:
+        with torch.no_grad():
+            return book[model.quantizer.assign(model.encoder(rows.to(book)))].unsqueeze(1)
+
+    memory = "" if s.memory == "source" else ", strict"
+    return reports.ConceptModel(book, directions, s.layer_in or 0, f"layers {s.layer_in} to {s.layer_out}{memory}")
+
+
+def write_report(job: ReportJob) -> dict[str, float]:
+    return reports.write(job, concept_model(job.trained.model))
+
+
 recipe = Recipe(
     corpus=("activations",),
     Settings=ConceptSettings,
@@ -326,6 +343,7 @@ recipe = Recipe(
     measure=measure,
     summarise=summarise,
     geometry=geometry,
+    report=Report(reports.ConceptReportSettings, write_report, reports.FILES, reports.refuse),
     space={
         "num_codes": "choice:50,100,200,400,800,1200",
         "temperature": "choice:0.5,1,2,3",
