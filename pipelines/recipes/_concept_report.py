@@ -1,4 +1,4 @@
-"""The report of a recipe whose codes are concepts of a language model: their page, and whether predictions rest on them.
+"""The report of a recipe whose codes are concepts of a language model: their page, and if predictions rest on them.
 
 Two files for people and programs, `concepts.html` and `concepts.json`. Where the language model and the texts are at
 hand (`model=`, `source=`), also `faithfulness.json` and `saliency.json`, which another report of the same shards can
