@@ -1,4 +1,4 @@
-"""What recipes over activations share: which layers, how alike directions are, which of them is a row's."""
+"""What recipes over activations share: layers, explained variance, directions."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -48,6 +48,16 @@ def alikeness(vectors: Float[Tensor, "K D"]) -> dict[str, float]:
     # Of sums over vectors: no K x K matrix.
     cosine = (unit.sum(0).square().sum() - unit.square().sum()) / (count * (count - 1))
     return {"active_codes": float(count), "code_cosine": float(cosine)}
+
+
+def explained(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """`mse` a dimension and the share of the variance that it leaves explained, from sums over `rows`: `error` (already
+    a dimension), `target` [D] and `target_square`."""
+    rows = sums["rows"]
+    mean = sums["target"] / rows
+    variance = (sums["target_square"] / rows - mean.square().sum()) / mean.numel()
+    mse = sums["error"] / rows
+    return {"mse": float(mse), "explained": float(1 - mse / variance)}
 
 
 def nearest_directions(vectors: Float[Tensor, "K D"]) -> Callable[[Float[Tensor, "N D"]], Float[Tensor, "N 1 D"]]:

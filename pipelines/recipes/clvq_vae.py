@@ -297,13 +297,8 @@ def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
     """`mse` a dimension of the later layer; `explained` of its variance; `mse_other_codes` where every row is given
     another row's code: the nearer it is to `mse`, the less the decoder listens to codes; `mse_alone` of `decode`."""
     rows = sums["rows"]
-    mean = sums["target"] / rows
-    width = max(1, mean.numel())
-    variance = (sums["target_square"] / rows - mean.square().sum()) / width
-    mse = sums["error"] / rows
     return {
-        "mse": float(mse),
-        "explained": float(1 - mse / variance),
+        **activations.explained(sums),
         "mse_other_codes": float(sums["error_of_other_codes"] / rows),
         "mse_alone": float(sums["error_alone"] / rows),
         "quantization_error": float(sums["quantization"] / rows),

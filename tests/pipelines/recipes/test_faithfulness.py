@@ -117,7 +117,9 @@ def test_sentence_vectors_are_the_first_rows_or_the_means(first, tmp_path):
     np.testing.assert_allclose(found.mean[2], rows.mean(0), atol=1e-3)
     assert {label.split()[0] for label in found.labels} == {"topic"}
     places = faithfulness.places_of(reader, "test", found.names[1:2])
-    assert [names[ordinal] for ordinal in places[found.names[1]].values()] == [found.names[1]] * len(places[found.names[1]])
+    assert [names[ordinal] for ordinal in places[found.names[1]].values()] == [found.names[1]] * len(
+        places[found.names[1]]
+    )
     assert not faithfulness.first_is_special(reader, "test")
 
 
@@ -176,9 +178,7 @@ def test_where_nothing_lies_between_the_attribution_is_the_linear_one(folders):
     stack = next(m for m in model.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2)
     stack[1] = blocks[1]
     try:
-        passing = models.LanguageModel(
-            model.shape, model.tokenizer, model.model, blocks, model.folder, model.device
-        )
+        passing = models.LanguageModel(model.shape, model.tokenizer, model.model, blocks, model.folder, model.device)
         text = saliency.Text("d", SENTENCE, list(range(6)), [[n] for n in range(6)])
         found = saliency.explain(passing, text, head, 0, {"layer": 1, "upto": 2, "first": False, "steps": 4})
     finally:
@@ -191,7 +191,9 @@ def test_texts_are_cut_as_the_ingest_cut_them(folders, tmp_path):
     table = tmp_path / "texts.csv"
     with open(table, "w", newline="") as file:
         csv.writer(file).writerows([["text"], ["The cats sat."], ["dog"]])
-    settings = ActivationSettings(model=str(folders["bert"]), layers=(1, 2), words="mean", max_tokens=16, min_word_count=9)
+    settings = ActivationSettings(
+        model=str(folders["bert"]), layers=(1, 2), words="mean", max_tokens=16, min_word_count=9
+    )
     texts = saliency.texts_of([str(table)], settings, ["texts.csv/0", "texts.csv/1"])
     text = texts["texts.csv/0"]
     assert text.places == [[0], [1], [2, 3], [4], [5]]
