@@ -164,6 +164,72 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class Package:
+    """A folder of a wheel in the package registry."""
+
+    package: str
+    version: str
+    sha256: str
+    licence: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a paper's table, made with every seed."""
+
+    name: str
+    overrides: dict[str, Any]
+    """Settings over the preset `small`."""
+    minutes: float
+    """What it takes on two cores with its measuring: for the estimate."""
+    headline: bool = True
+    recipe: str = ""
+    """Another recipe, as a baseline; empty: the recipe whose claims these are."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A number of the paper and the metric of a run that stands beside it."""
+
+    what: str
+    paper: str
+    run: str
+    metric: str
+    holds: Callable[[float], bool] | None = None
+    """Whether our mean bears the paper out; None: a number of ours that the paper does not have."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The paper says that one is larger (or smaller) than another."""
+
+    what: str
+    paper: str
+    run: str
+    against: str
+    metric: str
+    larger: bool = True
+    against_metric: str = ""
+    """Default: the same metric of the other run."""
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What it takes to see whether a paper's numbers come out, on data that anyone can have."""
+
+    packages: tuple[Package, ...]
+    minutes: float
+    """What data and ingest take on two cores."""
+    ingest: Callable[[Mapping[str, Path]], tuple[list[str], dict[str, Any]]]
+    """(package -> its folder) -> sources and settings of the ingest."""
+    runs: tuple[Run, ...]
+    lines: tuple[Line | Contrast, ...]
+    report: Callable[[Mapping[str, Path], Path], dict[str, Any]] | None = None
+    """(package -> its folder, directory of all runs) -> settings of each run's report; None: no reports."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One published system. Every callable is a module-level function, so a worker rebuilds it from its name."""
 
@@ -193,6 +259,7 @@ class Recipe:
     pictures: Callable[[Any, Batch], dict[str, Any]] | None = None
     """A few rows -> name -> matplotlib Figure."""
     report: Report | None = None
+    claims: Claims | None = None
     demo: Demo | None = None
     name: str = ""
     summary: str = ""

@@ -16,7 +16,8 @@ ROWS = 8
 def small(name: str):
     found = recipe.load(name)
     (kind, *_) = found.corpus
-    settings = validated(found.Settings, {**found.presets["small"], **kinds.SMALL[kind], "batch_size": 4}, name)
+    fewer = {key: value for key, value in kinds.SMALL[kind].items() if key in found.Settings.model_fields}
+    settings = validated(found.Settings, {**found.presets["small"], **fewer, "batch_size": 4}, name)
     return found, found.resolve(settings, kinds.SHAPES[kind])
 
 
