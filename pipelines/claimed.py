@@ -79,10 +79,11 @@ def claims(name: str, out: Path, *, headline: bool = False, seeds: Sequence[int]
     measured = {key: [_read(out, run, seed) for seed in seeds] for key, run in runs.items()}
     rows = [row for line in told.lines if (row := _row(line, measured)) is not None]
     lines = table(rows)
-    record = {"recipe": name, "headline": headline, "seeds": list(seeds), "claims": [asdict(row) for row in rows]}
+    found_so = [asdict(row) for row in rows]
+    record = {"recipe": name, "headline": headline, "seeds": list(seeds), "claims": found_so}
     storage.write_json_atomic(str(out / "claims.json"), record)
     storage.write_atomic(str(out / "claims.txt"), "\n".join([*lines, ""]).encode())
-    return Claimed(str(out), ShardReader(shards).manifest.digest, record["claims"], lines, skipped=not todo)
+    return Claimed(str(out), ShardReader(shards).manifest.digest, found_so, lines, skipped=not todo)
 
 
 def _estimate(todo: Sequence[tuple[Run, int]], told: Claims, out: Path) -> None:
@@ -160,7 +161,7 @@ def contrasted(values: Sequence[float], others: Sequence[float], larger: bool) -
     spread = pstdev(values) + pstdev(others)
     if abs(apart) <= spread:
         return "no difference beyond the spread"
-    return "as in the paper" if apart > 0 else "the other way round"
+    return "yes" if apart > 0 else "no, the other way round"
 
 
 def table(rows: Sequence[Row]) -> list[str]:

@@ -45,10 +45,10 @@ def report(bundle: str, shards: str, out: str, split: str = "test", overrides: d
     if told.refuse is not None:
         told.refuse(job)
     about = {"bundle": opened.digest, "shards": reader.manifest.digest, "split": split}
-    # Where something lies may change between runs; whether it was given decides what is in the report.
+    # Where something lies may change between runs; whether anything was given decides what is in the report.
     located = {name for name, info in told.Settings.model_fields.items() if info.exclude}
-    given = sorted(located & (overrides or {}).keys())
-    request = {"report": {**about, "settings": settings.model_dump(mode="json"), "given": given}}
+    given = bool(located & (overrides or {}).keys())
+    request = {"report": {**about, "settings": settings.model_dump(mode="json"), "located": given}}
     claim(out, REQUEST, request, "a report")
     home = storage.join(out, RECORD)
     if storage.exists(home):
