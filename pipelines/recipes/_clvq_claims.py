@@ -1,4 +1,4 @@
-"""The claims of CLVQ-VAE's paper on BBC News and MiniLM, layers 3 to 6; numbers beside ours are of RoBERTa and reviews."""
+"""The claims of CLVQ-VAE's paper on BBC News and MiniLM, layers 3 to 6; its numbers are of RoBERTa on film reviews."""
 
 from collections.abc import Mapping
 from pathlib import Path

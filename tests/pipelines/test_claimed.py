@@ -48,7 +48,7 @@ class Made(list):
         home = claimed._home(out, run, seed)
         home.mkdir(parents=True)
         values = {"a": 3.0, "b": 1.0}[run.name]
-        (home / claimed.MEASURED).write_text(json.dumps({"metrics": {"x": values + seed / 10, "y": values}}))
+        (home / claimed.MEASURED).write_text(json.dumps({"metrics": {"x": values + seed / 10, "y": values + 0.1}}))
 
 
 @pytest.fixture
