@@ -113,7 +113,7 @@ def test_another_models_tokenizer_and_a_folder_without_weights_are_refused(story
         report(story.run, story.shards, out, overrides=story.given(model=str(hollow)))
     with pytest.raises(Refused, match="both the model and the texts"):
         report(story.run, story.shards, out, overrides={"model": str(story.model)})
-    with pytest.raises(Refused, match="no saliency.json"):
+    with pytest.raises(Refused, match=r"no saliency\.json"):
         report(story.run, story.shards, out, overrides={"saliency": str(tmp_path)})
     with pytest.raises(Refused, match="did you mean 'documents'"):
         report(story.run, story.shards, out, overrides={"document": 3})
