@@ -6,7 +6,7 @@ layer's dimensions, and a word's the sum over its tokens.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -88,13 +88,15 @@ def texts_of(sources: list[str], settings: activations.ActivationSettings, wante
 
 
 def _texts(piece: Any, settings: activations.ActivationSettings, tokenizer: Any, names: set[str]) -> Iterator[Text]:
-    piece = replace(piece, meta={**piece.meta})
     for _, plan, _ in rows.planned(rows.cut(piece, settings, lambda _: True, tokenizer), piece, settings):
         if isinstance(plan, rows.Plan) and plan.cut.document.name in names:
-            entries = [entry for entry in plan.entries if entry.window == 0]
+            ids = plan.sequence(plan.cut.windows[0])
+            # As in the source, what stands behind the text ([SEP], </s>) is nobody's concept.
+            end = len(ids) - len(plan.cut.tokens.after)
+            entries = [entry for entry in plan.entries if entry.window == 0 and max(entry.places) < end]
             yield Text(
                 plan.cut.document.name,
-                plan.sequence(plan.cut.windows[0]),
+                ids,
                 [entry.position for entry in entries],
                 [entry.places for entry in entries],
             )

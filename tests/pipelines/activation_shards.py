@@ -12,8 +12,13 @@ from pipelines.shards import ShardWriter, split_of
 WIDTH, TOPICS = 8, 3
 
 
-def make_activation_shards(home: Path, documents: int = 60, parts: int = 2, words: int = 7, seed: int = 0) -> str:
-    """Documents of 1 to 2 x `words` rows. A row's cluster is its word; layer 2 is a rotation of layer 1."""
+def make_activation_shards(
+    home: Path, documents: int = 60, parts: int = 2, words: int = 7, seed: int = 0, broken: int = 0
+) -> str:
+    """Documents of 1 to 2 x `words` rows; in the first `broken` of them the first row holds NaNs.
+
+    A row's cluster is its word; layer 2 is a rotation of layer 1.
+    """
     corpus = corpora.load("activations")
     settings = corpus.Settings(layers=(1, 2), width=WIDTH, words="mean", max_tokens=64)
     drawn = np.random.default_rng(seed)
@@ -28,7 +33,9 @@ def make_activation_shards(home: Path, documents: int = 60, parts: int = 2, word
                 split = SPLITS.index(split_of(name, 0.2))
                 for position in range(drawn.integers(1, 2 * words + 1)):
                     word = int(drawn.integers(4)) * TOPICS + topic
-                    low = centres[word] * drawn.uniform(1, 2) + 0.1 * drawn.normal(size=WIDTH)
+                    low = (np.nan if position == 0 and document < broken else 1) * centres[word] * drawn.uniform(
+                        1, 2
+                    ) + 0.1 * drawn.normal(size=WIDTH)
                     values.append(
                         {
                             "layer_1": low.astype(np.float16), "layer_2": (low @ turn).astype(np.float16),

@@ -31,6 +31,7 @@ TINY = {
         "num_codes": 12, "sequence": 4, "batch_size": 8, "decoder_layers": 1, "heads": 2, "feedforward": 16,
         "learning_rate": 2e-3, "decay": 0.9, "dropout": 0.0, "relative": True,
     },
+    "sparse_autoencoder": {"num_codes": 24, "batch_size": 32, "learning_rate": 1e-2},
 }  # fmt: skip
 
 

@@ -244,6 +244,16 @@ def test_training_learns_the_later_layer(shards, tmp_path):
     assert -1 < metrics["code_cosine"] < 1
 
 
+def test_a_row_that_is_not_finite_is_left_out_and_counted(tmp_path):
+    shards = make_activation_shards(tmp_path / "shards", documents=20, broken=3)
+    _, totals = loop.train(
+        spec_of(NAME, shards, tmp_path / "run", steps=12, num_codes=4), Feed(ShardReader(shards)), CPU, lambda _: None
+    )
+    assert totals.non_finite_rows > 0
+    assert totals.skipped_steps == 0
+    assert totals.latest["train/reconstruction"] is not None
+
+
 @pytest.mark.parametrize("rows", [3, 16, 1000])
 def test_evaluation_sees_every_row_once_in_groups_of_one_document(shards, rows):
     reader = ShardReader(shards)

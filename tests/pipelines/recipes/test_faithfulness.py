@@ -187,12 +187,13 @@ def test_where_nothing_lies_between_the_attribution_is_the_linear_one(folders):
     np.testing.assert_allclose(found.attributions, expected.numpy(), atol=1e-4)
 
 
-def test_texts_are_cut_as_the_ingest_cut_them(folders, tmp_path):
+@pytest.mark.parametrize("special", ["first", "all"])
+def test_texts_are_cut_as_the_ingest_cut_them_without_what_stands_behind(folders, tmp_path, special):
     table = tmp_path / "texts.csv"
     with open(table, "w", newline="") as file:
         csv.writer(file).writerows([["text"], ["The cats sat."], ["dog"]])
     settings = ActivationSettings(
-        model=str(folders["bert"]), layers=(1, 2), words="mean", max_tokens=16, min_word_count=9
+        model=str(folders["bert"]), layers=(1, 2), words="mean", max_tokens=16, min_word_count=9, special=special
     )
     texts = saliency.texts_of([str(table)], settings, ["texts.csv/0", "texts.csv/1"])
     text = texts["texts.csv/0"]
