@@ -43,7 +43,7 @@ def ingest(places: Mapping[str, Path]) -> tuple[list[str], dict[str, Any]]:
 
 def report(places: Mapping[str, Path], out: Path) -> dict[str, Any]:
     """The first report finds what predictions rest on, all others take it over."""
-    shared = {"documents": 120}
+    shared = {"documents": 120, "steps": 8}
     found = sorted(out.glob("*/seed-*/report/saliency.json"))
     if found:
         return {**shared, "saliency": str(found[0].parent)}

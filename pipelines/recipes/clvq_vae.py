@@ -20,7 +20,6 @@ Settings where the source gives none, or where it is not followed by default:
 import itertools
 import math
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -35,10 +34,17 @@ from pipelines.recipes import _activations as activations
 from pipelines.recipes import _clvq_claims as claimed
 from pipelines.recipes import _concept_report as reports
 from vqcore import losses, seeding
+from vqcore.assign import Metric
 from vqcore.quantizers import Quantized, TemperedQuantizer, VectorBatch
 
+
+def spherical(rows: Float[Tensor, "R D"], num_codes: int, *, metric: Metric, seed: int) -> Float[Tensor, "K D"]:
+    """Scaled-spherical k-means++, the best of 5 as in v1."""
+    return seeding.scaled_spherical(rows, num_codes, metric=metric, seed=seed, restarts=5)
+
+
 SEEDINGS: dict[str, seeding.Seeding] = {
-    "spherical": partial(seeding.scaled_spherical, restarts=5),
+    "spherical": spherical,
     "kmeans++": seeding.kmeans_plus_plus,
     "random": seeding.random_rows,
 }
