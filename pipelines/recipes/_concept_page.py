@@ -13,6 +13,9 @@ from pipelines.recipes._concepts import label_mix
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
 """Told apart by all kinds of eyes; the last is for all further labels."""
 
+MOST = 2000
+"""Concepts shown; more would make a page that browsers are slow with."""
+
 STYLE = """
 :root { --ink: #1d2430; --soft: #5b6675; --line: #e2e6ec; --paper: #fff; --back: #f5f6f8; --mark: #fff3c4; }
 @media (prefers-color-scheme: dark) {
@@ -96,8 +99,11 @@ def page(
     colours = {label: COLOURS[min(n, len(COLOURS) - 1)] for n, label in enumerate(labels)}
     shown = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     legend = "".join(f'<span><i style="background:{c}"></i>{escape(label)}</span>' for label, c in colours.items())
-    named = {concept["code"]: concept["named"] for concept in concepts}
-    cards = "\n".join(_card(concept, colours, named) for concept in concepts)
+    shown_concepts = concepts[:MOST]
+    named = {concept["code"]: concept["named"] for concept in shown_concepts}
+    cards = "\n".join(_card(concept, colours, named) for concept in shown_concepts)
+    if len(concepts) > MOST:
+        about = f"{about} The {MOST:,} with the most rows are shown; all {len(concepts):,} are in the JSON beside."
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
@@ -144,6 +150,7 @@ def _card(concept: Mapping[str, Any], colours: Mapping[str, str], named: Mapping
         f'<a href="#code-{other["code"]}" title="cosine {other["cosine"]:.3f}">{other["code"]}'
         f" {escape(' '.join(named[other['code']][:2]))}</a>"
         for other in concept["nearest"]
+        if other["code"] in named
     )
     top = concept["labels"][0]
     return (

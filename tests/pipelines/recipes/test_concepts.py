@@ -132,6 +132,15 @@ def test_the_page_needs_nothing_from_elsewhere():
     assert "fetch" not in pages.SCRIPT
 
 
+def test_a_page_of_very_many_shows_the_largest_and_says_so(monkeypatch):
+    monkeypatch.setattr(pages, "MOST", 2)
+    found = concepts.described(concepts.merged({str(c): one for c, one in p.items()} for p in both()), torch.eye(4))
+    page = seen(pages.page("t", "a", {}, found))
+    assert [a["id"] for tag, a in page.tags if tag == "article"] == ["code-0", "code-1"]
+    assert {a["href"] for _, a in page.tags if "href" in a} == {"#code-0", "#code-1"}
+    assert any("all 3 are in the JSON" in text for text in page.text)
+
+
 def test_links_lead_to_cards():
     found = concepts.described(concepts.merged({str(c): one for c, one in p.items()} for p in both()), torch.eye(4))
     tags = seen(pages.page("t", "a", {}, found)).tags
