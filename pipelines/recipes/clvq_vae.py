@@ -90,11 +90,11 @@ class ConceptSettings(Settings):
 PRESETS: dict[str, dict[str, Any]] = {
     # The source's logs: RoBERTa, layers 8 -> 12, K 400, T 1, top_k 5.
     "paper": {},
-    # Two cores: a third of the decoder's depth, a quarter of its inner width, an eighth of the rows of a step.
+    # Two cores: a third of the decoder's depth, a quarter of its inner width, fewer rows a step.
     "small": {
         "decoder_layers": 2,
         "feedforward": 512,
-        "sequence": 32,
+        "sequence": 16,
         "batch_size": 32,
         "learning_rate": 2e-3,
         "steps": 1000,
