@@ -86,6 +86,8 @@ def _lines() -> tuple[Line | Contrast, ...]:
         Contrast("... than the mean activation", unsaid, main, main, OWN, True, "drop_mean_activation"),
         Line("own concept about the mean", unsaid, main, f"{OWN}_about_the_mean"),
         Contrast("strict: its concept costs more than in the source's form", unsaid, "strict", main, OWN),
+        Line("later layer's variance explained", unsaid, main, "explained"),
+        Line("... strict", unsaid, "strict", "explained"),
         Contrast("strict: larger error of the later layer", unsaid, "strict", main, "mse"),
         Contrast("source: another row's code costs error", unsaid, main, main, "mse_other_codes", True, "mse"),
         Contrast("strict: another row's code costs error", unsaid, "strict", "strict", "mse_other_codes", True, "mse"),

@@ -96,7 +96,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "feedforward": 512,
         "sequence": 16,
         "batch_size": 32,
-        "learning_rate": 2e-3,
         "steps": 1000,
     },
 }
