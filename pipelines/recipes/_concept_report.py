@@ -7,7 +7,7 @@ take over (`saliency=ITS DIRECTORY`): what tokens a prediction rests on does not
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,6 +42,12 @@ class ConceptReportSettings(BaseModel):
     source: tuple[str, ...] = Field((), exclude=True, description="the texts the shards were made from")
     gguf_file: str | None = Field(None, exclude=True)
     saliency: str | None = Field(None, exclude=True, description="an earlier report to take attributions from")
+    sentence: Literal["first", "mean"] | None = Field(
+        None, description="a document's vector; default the first token where it is special, but as the model pools"
+    )
+    salient: Literal["any", "words"] = Field(
+        "any", description="rows whose concept may be taken out: words leaves the special first token out"
+    )
     documents: int = Field(300, ge=2, description="of the split that faithfulness is measured on, at most")
     steps: int = Field(20, ge=1, description="points of the integral of gradients (source: 500)")
     kmeans: bool = Field(True, description="compare with k-means of the lower layer, K as the codebook's")
@@ -74,8 +80,15 @@ def refuse(job: ReportJob) -> None:
         raise Refused("faithfulness needs both the model and the texts: --set model=FOLDER source=URI (or neither).")
     if s.model is not None:
         _corpus_settings(job).inspect()
+    if s.model is not None or s.saliency is not None:
         if job.reader.rows("train") == 0:
             raise Refused("the shards have no train rows, and probes are fitted on train documents.")
+        low, held = job.trained.settings.layer_in, layers.layers_of(job.reader.manifest.columns)
+        if low == held[-1]:
+            raise Refused(
+                f"layer {low} is the last of these shards; faithfulness looks to a later one: ingest one too."
+            )
+        _sentence(job, faithfulness.first_is_special(job.reader, job.split))
 
 
 def write(job: ReportJob, model: ConceptModel) -> dict[str, float]:
@@ -102,11 +115,8 @@ def _purity(found: Sequence[Mapping[str, Any]]) -> float:
 def faithful(job: ReportJob, model: ConceptModel) -> dict[str, Any]:
     """Probe accuracies with each concept taken out, as JSON values; `saliency.json` is left beside."""
     low, high = model.layer_in, layers.layers_of(job.reader.manifest.columns)[-1]
-    if low == high:
-        raise Refused(
-            f"layer {low} is the last of these shards; faithfulness looks from it to a later one: ingest one."
-        )
-    first = faithfulness.first_is_special(job.reader, job.split)
+    special = faithfulness.first_is_special(job.reader, job.split)
+    first = _sentence(job, special) == "first"
     train, test = (
         faithfulness.sentences(job.reader, split, {low, high}, first=first) for split in ("train", job.split)
     )
@@ -116,37 +126,56 @@ def faithful(job: ReportJob, model: ConceptModel) -> dict[str, Any]:
     readout = faithfulness.readout(train.vectors[high], targets[0])
     predicted = dict(zip(test.names, readout.classes(test.vectors[high]).tolist(), strict=True))
     explained = _explained(job, test, predicted, readout, low, high, first)
-    places = faithfulness.places_of(job.reader, job.split, explained)
     kept = [n for n, name in enumerate(test.names) if name in explained]
     test, goal = test.only(kept), targets[1][kept]
-    forms: dict[str, Any] = {}
-    shown: dict[str, list[dict[str, Any]]] = {}
-    fitted = _kmeans(job, model) if job.settings.kmeans else None
-    for choice in ("any token", "words only"):
-        ordinals, shown[choice] = _salient(
-            test.names, explained, places, words_only=choice == "words only", first=first
-        )
-        columns, _ = read_columns(job.reader, job.split, ordinals)
-        rows = columns[f"{layers.LAYER}{low}"].float()
-        kinds = {f"concept, {choice}": model.directions(rows)}
-        if fitted is not None:
-            kinds[f"k-means, {choice}"] = fitted(rows)
-        forms |= faithfulness.ablations(test.vectors[low], kinds, train.mean[low], seed=job.settings.seed)
+    places = faithfulness.places_of(job.reader, job.split, explained)
+    skipped = 0 if special and job.settings.salient == "words" else None
+    ordinals, salient = _salient(test.names, explained, places, skipped)
+    columns, _ = read_columns(job.reader, job.split, ordinals)
+    rows = columns[f"{layers.LAYER}{low}"].float()
+    kinds = {"concept": model.directions(rows)}
+    if job.settings.kmeans:
+        kinds["k-means"] = _kmeans(job, model)(rows)
+    forms = faithfulness.ablations(test.vectors[low], kinds, train.mean[low], seed=job.settings.seed)
     asked = faithfulness.ask(train.vectors[low], targets[0], forms, goal, classes, seed=job.settings.seed)
+    right = [predicted[name] == target for name, target in zip(test.names, goal, strict=True)]
+    gaps = [explained[name].gap / max(abs(explained[name].change), 1e-9) for name in test.names]
     return {
         "documents": len(kept),
         "classes": classes,
-        "sentence": "first token" if first else "mean over tokens",
+        "sentence": "first token" if first else "mean over rows",
         "chance": float(np.bincount(goal).max() / len(goal)),
-        "read_from_last_layer": float(
-            np.mean([predicted[name] == t for name, t in zip(test.names, goal, strict=True)])
-        ),
-        "completeness_gap": float(
-            np.mean([explained[n].gap / max(abs(explained[n].change), 1e-9) for n in test.names])
-        ),
+        "read_from_last_layer": float(np.mean(right)),
+        "completeness_gap": float(np.median(gaps)),
         "accuracy": {name: {**asdict(one), "drop": one.drop(asked["whole"])} for name, one in asked.items()},
-        "salient": shown["any token"],
+        "salient": salient,
     }
+
+
+def _sentence(job: ReportJob, special: bool) -> str:
+    """Which vector stands for a document: as asked for, as an earlier report took it, or as the model's folder says."""
+    s = job.settings
+    earlier = saliency.kept(job.out if s.saliency is None else storage.normalise(s.saliency))
+    if s.sentence is not None:
+        chosen = s.sentence
+    elif earlier is not None:
+        chosen = earlier.sentence
+    else:
+        chosen = "first" if special and not saliency.pools_by_mean(s.model) else "mean"
+    if earlier is not None and (earlier.sentence, earlier.layer) != (chosen, job.trained.settings.layer_in):
+        raise Refused(
+            f"the attributions given are of layer {earlier.layer} and sentence={earlier.sentence}; this report is of"
+            f" layer {job.trained.settings.layer_in} and sentence={chosen}: give model= and source= instead."
+        )
+    if chosen == "first" and not special:
+        raise Refused("sentence=first needs documents that begin with one same token ([CLS], <s>): use sentence=mean.")
+    settings = job.reader.manifest.settings
+    if chosen == "mean" and (settings["min_word_count"] > 1 or settings["max_word_occurrences"] is not None):
+        raise Refused(
+            "the train documents of these shards lost words to min_word_count or max_word_occurrences, and those of"
+            " other splits did not: their means differ. Ingest without that filter, or say --set sentence=first."
+        )
+    return str(chosen)
 
 
 def _labelled(found: Sentences, classes: Sequence[str]) -> Sentences:
@@ -168,8 +197,10 @@ def _explained(
     """Attributions of the split's documents: of an earlier report, or made now."""
     s = job.settings
     home = job.out if s.saliency is None else storage.normalise(s.saliency)
-    found = saliency.kept(home)
-    if found is None:
+    earlier = saliency.kept(home)
+    if earlier is not None:
+        found = earlier.documents
+    else:
         chosen = [test.names[n] for n in np.unique(np.linspace(0, len(test.names) - 1, s.documents).astype(int))]
         settings = _corpus_settings(job)
         texts = saliency.texts_of(list(s.source), settings, chosen)
@@ -177,8 +208,8 @@ def _explained(
             [texts[name] for name in chosen if name in texts], predicted, readout, settings,
             layer=low, upto=high, first=first, steps=s.steps, out=storage.join(job.out, "saliency"),
         )  # fmt: skip
-        record = {"layer": low, "upto": high, "steps": s.steps, "documents": [asdict(one) for one in found]}
-        storage.write_json_atomic(storage.join(job.out, "saliency.json"), record)
+        record = saliency.Kept(low, high, s.steps, "first" if first else "mean", found)
+        storage.write_json_atomic(storage.join(job.out, "saliency.json"), asdict(record))
     here = {one.name: one for one in found if one.name in predicted}
     if not here:
         raise Refused(
@@ -191,19 +222,16 @@ def _salient(
     names: Sequence[str],
     explained: Mapping[str, saliency.Salience],
     places: Mapping[str, Mapping[int, int]],
-    *,
-    words_only: bool,
-    first: bool,
+    skipped: int | None,
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """(ordinal of each document's most salient row, what it was). The last token is no candidate where it is special;
-    with `words_only` neither is the first."""
+    """(ordinal of each document's most salient row, what it was). A row at position `skipped` is no candidate."""
     ordinals, shown = [], []
     for name in names:
         one = explained[name]
         candidates = [
             (attribution, position)
             for position, attribution in zip(one.positions, one.attributions, strict=True)
-            if position in places[name] and not (words_only and first and position == 0)
+            if position in places[name] and position != skipped
         ]
         attribution, position = max(candidates) if candidates else (0.0, min(places[name]))
         ordinals.append(places[name][position])

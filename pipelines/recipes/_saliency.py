@@ -8,6 +8,7 @@ layer's dimensions, and a word's the sum over its tokens.
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,10 +157,10 @@ def explain(model: models.LanguageModel, text: Text, head: Readout, target: int,
     weights = torch.from_numpy(head.weights[target]).to(states)
     bias = float(head.bias[target])
 
+    shares = _shares(text, how["first"]).to(states)
+
     def logit(stream: Float[Tensor, "S T D"]) -> Float[Tensor, " S"]:
-        last = carry(stream)
-        sentence = last[:, 0] if how["first"] else last.mean(1)
-        return sentence @ weights + bias
+        return torch.einsum("std,t->sd", carry(stream), shares) @ weights + bias
 
     with torch.enable_grad():
         found = attribution.IntegratedGradients(logit).attribute(
@@ -172,6 +173,14 @@ def explain(model: models.LanguageModel, text: Text, head: Readout, target: int,
     return Salience(text.name, text.positions, of_rows, change, abs(float(per_token.sum()) - change))
 
 
+def _shares(text: Text, first: bool) -> Float[Tensor, " T"]:
+    """How much each token counts in the sentence vector: the first alone, or a mean over rows of means over tokens."""
+    shares = torch.zeros(len(text.ids), dtype=torch.float64)
+    for places in [[0]] if first else text.places:
+        shares[torch.tensor(places)] += 1 / len(places)
+    return shares / shares.sum()
+
+
 def _captum() -> Any:
     try:
         from captum import attr
@@ -180,9 +189,27 @@ def _captum() -> Any:
     return attr
 
 
-def kept(home: str) -> list[Salience] | None:
+@dataclass(frozen=True)
+class Kept:
+    """What a report leaves for others."""
+
+    layer: int
+    upto: int
+    steps: int
+    sentence: str
+    """`first` or `mean`."""
+    documents: list[Salience]
+
+
+def kept(home: str) -> Kept | None:
     """What an earlier report found, from its directory."""
     uri = storage.join(home, "saliency.json")
     if not storage.exists(uri):
         return None
-    return [Salience(**found) for found in storage.read_json(uri)["documents"]]
+    record = storage.read_json(uri)
+    return Kept(**{**record, "documents": [Salience(**found) for found in record["documents"]]})
+
+
+def pools_by_mean(model: str | None) -> bool:
+    """Whether a sentence-transformers folder says that its sentence vectors are means over tokens."""
+    return model is not None and (Path(model) / "1_Pooling" / "config.json").exists()

@@ -202,3 +202,18 @@ def test_texts_are_cut_as_the_ingest_cut_them_without_what_stands_behind(folders
     assert len(text.ids) == 7
     with pytest.raises(Refused, match=re.escape("'elsewhere.txt'")):
         saliency.texts_of([str(table)], settings, ["elsewhere.txt"])
+
+
+@pytest.mark.parametrize(("first", "expected"), [(True, [1, 0, 0, 0]), (False, [0, 1 / 2, 1 / 4, 1 / 4])])
+def test_a_sentence_vector_is_the_mean_over_rows_of_means_over_their_tokens(first, expected):
+    text = saliency.Text("d", [7, 8, 9, 6], [1, 2], [[1], [2, 3]])
+    assert saliency._shares(text, first).tolist() == pytest.approx(expected)
+
+
+def test_probes_and_readout_do_not_mind_a_small_scale_on_a_large_mean():
+    """As of [CLS] in MiniLM's middle: vectors of length 10 that differ by thousandths."""
+    (train, train_targets), (h, targets) = toy(400, 0), toy(60, 1)
+    shrunk = [(5 + 1e-3 * vectors).astype(np.float32) for vectors in (train, h)]
+    found = faithfulness.ask(shrunk[0], train_targets, {"whole": shrunk[1]}, targets, ["a", "b"], seed=0)
+    assert found["whole"].accuracy > 0.97
+    assert float((faithfulness.readout(shrunk[0], train_targets).classes(shrunk[1]) == targets).mean()) > 0.97
