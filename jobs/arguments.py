@@ -30,12 +30,16 @@ def add_address(parser: argparse.ArgumentParser) -> None:
 
 
 def paths_of(arguments: argparse.Namespace) -> dict[str, list[str]]:
-    """What of a verb's arguments is a path, by option. A bundle is one where it has a slash in it, not as NAME@v3."""
+    """What of a verb's arguments is a path, by option; an --out that was left out is an empty list. A bundle is a path
+    where it has a slash in it, not as NAME@v3.
+    """
     found: dict[str, list[str]] = {}
     for name in ("source", "shards", "codes", "out"):
         if hasattr(arguments, name):
             given = getattr(arguments, name)
-            found[f"--{name}"] = [str(one) for one in (given if isinstance(given, list) else [given or "(not given)"])]
+            found[f"--{name}"] = [
+                str(one) for one in (given if isinstance(given, list) else [given]) if one is not None
+            ]
     bundle = getattr(arguments, "bundle", None)
     if bundle and "/" in bundle:
         found["--bundle"] = [bundle]

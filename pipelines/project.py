@@ -15,6 +15,8 @@ LIMIT = 20 * 2**20
 EPOCH = (1980, 1, 1, 0, 0, 0)
 JOB = "VQRAY_JOB"
 """An environment variable of a process that such an archive was unpacked for: the job's id."""
+RUNS = "VQRAY_RUNS"
+"""An environment variable: where runs go that are given no --out."""
 
 
 class Package(NamedTuple):

@@ -13,13 +13,12 @@ from pipelines.feed import columns_of
 from pipelines.loop import PRECISIONS, RunSpec
 from pipelines.options import validated
 from pipelines.plan import lanes_for
+from pipelines.project import RUNS
 from pipelines.recipe import Recipe, Settings
 from pipelines.shards import ShardReader
 from vqcore.quantizers.contract import quantizers_in
 
 RUN_FILE = "run.json"
-RUNS = "VQRAY_RUNS"
-"""Environment variable: the directory of runs that were given no --out."""
 
 
 @dataclass(frozen=True)

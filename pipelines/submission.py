@@ -53,8 +53,8 @@ def submit(request: Submission) -> dict[str, Any]:
     Raises:
         Refused: a mistake in the request, or a cluster that is not there or not guarded by this token.
     """
-    _refuse_paths_of_nowhere(request.paths)
     variables = _variables(request.variables)
+    _refuse_paths_of_nowhere(request.paths, variables)
     api = jobs_api.connect(request.address)
     job = f"{request.words[0]}-{secrets.token_hex(4)}"
     with tempfile.TemporaryDirectory(prefix="vqray-") as scratch:
@@ -187,13 +187,19 @@ def _entrypoint(words: Sequence[str]) -> str:
     )
 
 
-def _refuse_paths_of_nowhere(paths: Mapping[str, Sequence[str]]) -> None:
+def _refuse_paths_of_nowhere(paths: Mapping[str, Sequence[str]], variables: Mapping[str, str]) -> None:
+    runs = variables.get(project.RUNS)
     for option, values in paths.items():
-        for value in values:
+        if not values and runs is None:
+            raise Refused(
+                f"{option} was not given, and what a job writes into its working directory is thrown away: give"
+                f" {option}, or for `train` set {project.RUNS} to where runs go and name it with --env."
+            )
+        for value in values or [str(runs)]:
             if "://" not in value and not os.path.isabs(value):
                 raise Refused(
-                    f"{option} {value} is relative to this directory, and a job runs in another one: give an s3:// URI,"
-                    " or where all nodes are one machine or share a disk, an absolute path."
+                    f"{option if values else project.RUNS} {value} is relative to this directory, and a job runs in"
+                    " another: give an s3:// URI, or where all nodes are one machine or share a disk, an absolute path."
                 )
 
 

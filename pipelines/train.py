@@ -59,7 +59,7 @@ def train(request: Request) -> Outcome:
         if has_bundle(out):
             return _finished(out)
     cluster.connect()
-    cluster.require_shared(out, request.shards)
+    cluster.require_shared(out, request.shards, tracked=True)
     check_room(request.at_least or request.workers, request.gpus_per_worker)
     claim_run(prepared)
     run = tracking.start_run(

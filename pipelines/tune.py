@@ -65,7 +65,7 @@ def search(request: Search) -> Searched:
     if session.done():
         return _searched(session, skipped=True, run_id=_recorded_run(plan.out))
     cluster.connect()
-    cluster.require_shared(plan.out, request.shards)
+    cluster.require_shared(plan.out, request.shards, tracked=True)
     slots = _slots(request, session.remaining())
     run = tracking.start_run(
         experiment=request.recipe,

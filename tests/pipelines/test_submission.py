@@ -22,6 +22,7 @@ def environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     # Set, so that it is put back: connecting changes it.
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+    monkeypatch.setenv("VQRAY_RUNS", "runs-here")
 
 
 class Door(BaseHTTPRequestHandler):
@@ -167,7 +168,9 @@ def test_what_loopback_is(address, here):
         (["--", "train", "--recipe", "r", "--shards", "/s", "--out", "o"], "--out o is relative"),
         (["--", "encode", "--bundle", "runs/a", "--shards", "/s", "--out", "/o"], "--bundle runs/a is relative"),
         (["--", "ingest", "--corpus", "images", "--source", "/a", "b", "--out", "/o"], "--source b is relative"),
-        (["--", "demo"], "--out (not given) is relative"),
+        (["--", "demo"], "--out was not given, and what a job writes into its working directory is thrown away"),
+        (["--", *VERB[1:-2]], "for `train` set VQRAY_RUNS to where runs go and name it with --env"),
+        (["--env", "VQRAY_RUNS", *VERB[:-2]], "VQRAY_RUNS runs-here is relative"),
     ],
 )
 def test_mistakes_are_refused_before_the_cluster_is_asked(words, said, capsys, monkeypatch):
@@ -180,7 +183,7 @@ def test_mistakes_are_refused_before_the_cluster_is_asked(words, said, capsys, m
 def test_the_verbs_own_arguments_are_checked_here_too(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["submit", "--", "train", "--recipe", "r"])
-    assert "vqray train: error: the following arguments are required: --shards, --out" in capsys.readouterr().err
+    assert "vqray train: error: the following arguments are required: --shards" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["logs"], ["stop"], ["list", "train-1"]])
