@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # Two test processes; tests/conftest.py says which test goes with which.
 TOGETHER := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: setup demo test test-all lint types contracts coverage bench clean help
+.PHONY: setup demo claims test test-all lint types contracts coverage bench clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make bench     the benchmarks, paired ratios; prints, never asserts"
 	@echo "make contracts what vqcore and its peers agree on, and where a peer is wrong"
 	@echo "make coverage  branches of vqcore that its tests reach"
+	@echo "make claims    RECIPE=x [HEADLINE=1]: a paper's table again, paper beside ours; says first how long it takes"
 	@echo "make setup     only the installation; make clean removes it"
 
 setup: $(STAMP)
@@ -33,6 +34,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	@$(BIN)/vqray demo rotation_trick
+
+claims: $(STAMP)
+	@test -n "$(RECIPE)" || { echo "make claims RECIPE=x [HEADLINE=1]; 'vqray claims --help' says more" >&2; exit 2; }
+	@$(BIN)/vqray claims $(RECIPE) $(if $(HEADLINE),--headline)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,7 +1,7 @@
 """Metrics of a bundle over a whole split: every shard adds its sums, and metrics are taken once at the end."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from pipelines import registry, storage, tracking, trained
 from pipelines.claims import claim
-from pipelines.encode import REQUEST, opened_for, seen_batches, shard_parts
+from pipelines.encode import REQUEST, ROWS_AT_ONCE, opened_for, seen_batches, shard_parts
 from pipelines.errors import Refused
-from pipelines.feed import read_columns, to_batch
+from pipelines.feed import grouped_batches, read_columns, to_batch
 from pipelines.parts import run_parts
 from pipelines.pictures import usage_plot
-from pipelines.recipe import Recipe
+from pipelines.recipe import Batch, Recipe
 from pipelines.shards import ShardReader
 from pipelines.trained import Trained
 from vqcore import metrics
@@ -100,7 +100,11 @@ class _Ones(dict[str, Tensor]):
 
 
 def _metrics(model: Trained, sums: dict[str, Tensor]) -> dict[str, float]:
-    return {**_shared_metrics(model, sums), **model.recipe.summarise(sums)}
+    found = {**_shared_metrics(model, sums), **model.recipe.summarise(sums)}
+    if model.recipe.geometry is None:
+        return found
+    with torch.inference_mode():
+        return {**found, **model.recipe.geometry(model.model, sums["counts"])}
 
 
 def _sums_over(directory: Path, reader: ShardReader, split: str, out: str) -> dict[str, Tensor]:
@@ -123,7 +127,7 @@ def _measure_shard(shards: str, split: str, shard: int, payload: None, model: Tr
     reader = ShardReader(shards)
     sizes = [size for size, _ in model.recipe.codebooks(model.settings)]
     totals: dict[str, Tensor] = {}
-    for batch, _, _ in seen_batches(reader, shard, split):
+    for batch in _batches(model, reader, shard, split):
         with torch.inference_mode():
             measured = model.recipe.measure(model.model, batch)
         per_level = measured.codes.flatten(1, -2).unbind(-1) if len(sizes) > 1 else [measured.codes]
@@ -133,6 +137,15 @@ def _measure_shard(shards: str, split: str, shard: int, payload: None, model: Tr
         for name, value in found.items():
             totals[name] = totals[name] + value.double() if name in totals else value.double()
     return {name: value.tolist() for name, value in totals.items()}
+
+
+def _batches(model: Trained, reader: ShardReader, shard: int, split: str) -> Iterator[Batch]:
+    """One shard's rows of a split, in groups where the last stage trains on groups."""
+    *_, stage = model.recipe.stages(model.settings)
+    if stage.grouping is None:
+        yield from (batch for batch, _, _ in seen_batches(reader, shard, split))
+    else:
+        yield from grouped_batches(reader, shard, split, stage.grouping, ROWS_AT_ONCE)
 
 
 def _shared_metrics(model: Trained, sums: dict[str, Tensor]) -> dict[str, float]:

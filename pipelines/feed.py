@@ -15,7 +15,7 @@ from pipelines.errors import Refused
 from pipelines.groups import GroupPlan
 from pipelines.manifest import Manifest
 from pipelines.plan import Plan
-from pipelines.recipe import Batch, Settings, Stage
+from pipelines.recipe import Batch, Grouping, Settings, Stage
 from pipelines.shards import ShardReader
 from vqcore.reduction import resolve
 
@@ -114,11 +114,31 @@ class Feed:
         return Source(self.reader, rows, spec.double, device)
 
     def _values(self, column: str) -> np.ndarray:
-        """A number for each value of a column, in the order of the train split."""
-        if column not in self.reader.schema.names:
-            raise Refused(
-                f"rows are grouped by the column {column!r}, which {self.reader.uri} does not have; "
-                f"it has {', '.join(self.reader.schema.names)}."
-            )
-        found = self.reader.take("train", np.arange(self.reader.rows("train")), [column]).column(0)
-        return found.dictionary_encode().indices.to_numpy(zero_copy_only=False)
+        return _values(self.reader, "train", np.arange(self.reader.rows("train")), column)
+
+
+def _values(reader: ShardReader, split: str, ordinals: np.ndarray, column: str) -> np.ndarray:
+    """A number for each value of a column, in the order of the rows."""
+    if column not in reader.schema.names:
+        raise Refused(
+            f"rows are grouped by the column {column!r}, which {reader.uri} does not have; "
+            f"it has {', '.join(reader.schema.names)}."
+        )
+    found = reader.take(split, ordinals, [column]).column(0)
+    return found.dictionary_encode().indices.to_numpy(zero_copy_only=False)
+
+
+def grouped_batches(reader: ShardReader, shard: int, split: str, grouping: Grouping, rows: int) -> Iterator[Batch]:
+    """One shard's rows of a split in groups, about `rows` at a time: each once, dealt out as in a first epoch.
+
+    A group does not reach into the next shard. So a result does not depend on who computes it.
+    """
+    ordinals = reader.ordinals(shard, split)
+    if not len(ordinals):
+        return
+    values = _values(reader, split, ordinals, grouping.column)
+    plan = GroupPlan(values, grouping.size, max(1, rows // grouping.size), lanes=1, seed=0)
+    for step in range(plan.steps_per_epoch):
+        places, mask = plan.at(step)
+        columns, row_ids = read_columns(reader, split, ordinals[places])
+        yield to_batch(columns, row_ids, mask, grouping.size)[0]

@@ -5,6 +5,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -137,6 +138,37 @@ class Prefix:
 
 
 @dataclass(frozen=True)
+class ReportJob:
+    """What a recipe's report is made from."""
+
+    trained: Any
+    """The opened bundle (`pipelines.trained.Trained`)."""
+    directory: Path
+    """The bundle, on this machine."""
+    reader: Any
+    """`pipelines.shards.ShardReader` of shards that fit the bundle."""
+    split: str
+    settings: Any
+    """Of the report's own model."""
+    out: str
+    """The directory that its files go to."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a recipe tells of a trained model beyond metrics: files people read."""
+
+    Settings: type[BaseModel]
+    """Fields with `exclude=True` say where something lies; all others are part of what the report is of."""
+    write: Callable[[ReportJob], dict[str, float]]
+    """Makes the files; its metrics. Called again after a kill, it does what is missing."""
+    files: tuple[str, ...]
+    """Names below `out` that it may make, those for people first."""
+    refuse: Callable[[ReportJob], None] | None = None
+    """Raises Refused, before work begins, for what cannot end well."""
+
+
+@dataclass(frozen=True)
 class Demo:
     """Real data small enough to try a recipe on, from the package registry."""
 
@@ -149,6 +181,72 @@ class Demo:
     """Folder inside the archive that is the corpus."""
     ingest: dict[str, Any]
     train: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Package:
+    """A folder of a wheel in the package registry."""
+
+    package: str
+    version: str
+    sha256: str
+    licence: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a paper's table, made with every seed."""
+
+    name: str
+    overrides: dict[str, Any]
+    """Settings over the preset `small`."""
+    minutes: float
+    """What it takes on two cores with its measuring: for the estimate."""
+    headline: bool = True
+    recipe: str = ""
+    """Another recipe, as a baseline; empty: the recipe whose claims these are."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A number of the paper and the metric of a run that stands beside it."""
+
+    what: str
+    paper: str
+    run: str
+    metric: str
+    holds: Callable[[float], bool] | None = None
+    """Whether our mean bears the paper out; None: a number of ours that the paper does not have."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The paper says that one is larger (or smaller) than another."""
+
+    what: str
+    paper: str
+    run: str
+    against: str
+    metric: str
+    larger: bool = True
+    against_metric: str = ""
+    """Default: the same metric of the other run."""
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What it takes to see whether a paper's numbers come out, on data that anyone can have."""
+
+    packages: tuple[Package, ...]
+    minutes: float
+    """What data and ingest take on two cores."""
+    ingest: Callable[[Mapping[str, Path]], tuple[list[str], dict[str, Any]]]
+    """(package -> its folder) -> sources and settings of the ingest."""
+    runs: tuple[Run, ...]
+    lines: tuple[Line | Contrast, ...]
+    report: Callable[[Mapping[str, Path], Path], dict[str, Any]] | None = None
+    """(package -> its folder, directory of all runs) -> settings of each run's report; None: no reports."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +275,13 @@ class Recipe:
     """The metric, lower is better, that tuning calls `distortion`: what is lost between a row and its codes."""
     prefix: Prefix | None = None
     """None where a run of fewer levels learns something else, as it does where a network sees the codes."""
+    geometry: Callable[[Any, Float[Tensor, "L K"]], dict[str, float]] | None = None
+    """(model, how often each code of each level was chosen in the split) -> metrics of the codes in use, such as how
+    alike they are."""
     pictures: Callable[[Any, Batch], dict[str, Any]] | None = None
     """A few rows -> name -> matplotlib Figure."""
+    report: Report | None = None
+    claims: Claims | None = None
     demo: Demo | None = None
     name: str = ""
     summary: str = ""

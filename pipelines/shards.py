@@ -170,10 +170,15 @@ class ShardReader:
 
     def batches(self, shard: int, rows: int, split: str = "all") -> Iterator[pa.RecordBatch]:
         """The rows of one shard (of one split) in order, `rows` at a time."""
+        ordinals = self.ordinals(shard, split)
+        for first in range(0, len(ordinals), rows):
+            yield self.take(split, ordinals[first : first + rows])
+
+    def ordinals(self, shard: int, split: str = "all") -> Int64s:
+        """The ordinals of one shard's rows in a split."""
         check_split(split)
-        start, stop = (int(bound) for bound in self._starts[split][shard : shard + 2])
-        for first in range(start, stop, rows):
-            yield self.take(split, np.arange(first, min(first + rows, stop)))
+        start, stop = self._starts[split][shard : shard + 2]
+        return np.arange(start, stop)
 
     def table(self, name: str) -> pa.Table:
         """A side table, memory-mapped: zero-copy and read-only.

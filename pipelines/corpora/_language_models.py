@@ -10,7 +10,7 @@ of the lengths alone (`batched`), padding is always on the right to the longest 
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from pipelines.corpora import _model_folders as folders
 from pipelines.errors import Refused
 
 Precision = Literal["float32", "bfloat16", "float16"]
+Onward = Callable[[Float[Tensor, "S T D"]], Float[Tensor, "S T D"]]
 BATCH_TOKENS = 1024
 """Of one batch, padding included: with more, a CPU is slower (MiniLM: 3.2k tokens/s at 1,024, 2.8k at 4,096)."""
 NO_WINDOW = 10**9
@@ -71,6 +72,40 @@ class LanguageModel:
                 handle.remove()
         return [kept[layer] for layer in layers]
 
+    def onward(self, sequence: Sequence[int], layer: int, upto: int) -> tuple[Float[Tensor, "1 T D"], Onward]:
+        """(the stream of one sequence after `layer`, a function that carries other streams [S, T, D] in its place on to
+        what is the stream after `upto`, with gradients). `layer` < `upto`.
+
+        Blocks get what the model itself gave them (masks, positions), so nothing before `layer` is computed again.
+        """
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        blocks = self.blocks[layer:upto]
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append((args, kwargs))
+
+        kept: dict[int, Tensor] = {}
+        handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+        handles.append(self._tap(upto, kept, stop=True))
+        try:
+            # Not in inference mode: what a block is given takes part in gradients later.
+            self._forward([sequence], torch.no_grad)
+        except _Reached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+        def carry(stream: Float[Tensor, "S T D"]) -> Float[Tensor, "S T D"]:
+            for block, (args, kwargs) in zip(blocks, calls, strict=True):
+                given = {} if args else {"hidden_states": stream}
+                out = block(*((stream, *args[1:]) if args else ()), **{**kwargs, **given})
+                stream = out[0] if isinstance(out, tuple) else out
+            return stream
+
+        args, kwargs = calls[0]
+        return args[0] if args else kwargs["hidden_states"], carry
+
     def embed(
         self, texts: Sequence[str], *, normalise: bool | None = None, batch_tokens: int = BATCH_TOKENS
     ) -> Float[np.ndarray, "N D"]:
@@ -96,7 +131,11 @@ class LanguageModel:
             means[batch] = pooled.cpu().numpy()
         return means
 
-    def _forward(self, sequences: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "B T D"], Tensor]:
+    def _forward(
+        self,
+        sequences: Sequence[Sequence[int]],
+        mode: Callable[[], AbstractContextManager[Any]] = torch.inference_mode,
+    ) -> tuple[Float[Tensor, "B T D"], Tensor]:
         """(last hidden state after the model's own final norm, mask [B, T]) of one padded batch."""
         longest = max(len(ids) for ids in sequences)
         # Not the tokenizer's pad(): it pads left for some models, and has no pad token for others. What stands at
@@ -108,7 +147,7 @@ class LanguageModel:
             ids[row, : len(sequence)] = torch.as_tensor(sequence)
             mask[row, : len(sequence)] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
-        with torch.inference_mode(), one_thread():
+        with mode(), one_thread():
             return self.model(input_ids=ids, attention_mask=mask, **self._extra()).last_hidden_state, mask
 
     def _extra(self) -> dict[str, Any]:

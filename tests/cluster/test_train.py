@@ -24,7 +24,7 @@ from tests.cluster import recorded
 from tests.pipelines.loops import TINY, make_shards, run_workers, spec_of, state_of
 from vqcore.bundle import read_bundle
 
-STEPS = 120
+STEPS, LONG = 120, 1000
 NAME = "rotation_trick"
 
 
@@ -119,16 +119,16 @@ def test_a_worker_that_hangs_is_named_and_replaced(shards, tmp_path, undisturbed
     recorded.check_rows(train.prepare(request_for(shards, out, workers=2)).spec, STEPS)
 
 
-def command_for(shards: str, out: Path, steps: int = STEPS) -> list[str]:
+def command_for(shards: str, out: Path) -> list[str]:
     settings = [f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in TINY[NAME].items()]
     return [
         sys.executable, "-m", "jobs.cli", "train", "--recipe", NAME, "--shards", shards, "--out", str(out),
-        "--preset", "small", "--workers", "2", "--steps", str(steps), "--checkpoint-every", "40", "--set", *settings,
+        "--preset", "small", "--workers", "2", "--steps", str(LONG), "--checkpoint-every", "40", "--set", *settings,
     ]  # fmt: skip
 
 
 @pytest.mark.slow
-def test_a_killed_driver_leaves_checkpoints_from_which_the_same_command_goes_on(shards, tmp_path, undisturbed):
+def test_a_killed_driver_and_then_sigterm_and_the_same_command_goes_on_to_the_same_bits(shards, tmp_path):
     out = tmp_path / "run"
     command = command_for(shards, out)
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'vqray.db'}"}
@@ -147,37 +147,27 @@ def test_a_killed_driver_leaves_checkpoints_from_which_the_same_command_goes_on(
     assert not alive
     end(family)
     assert not (out / "bundle").exists()
+    before = Checkpoints(str(out)).complete()[-1]
 
-    second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert second.returncode == 0, second.stderr
-    assert "resuming" in second.stderr
-    assert json.loads(second.stdout.splitlines()[-1])["digest"]
-    assert_same_weights(out, undisturbed)
-
-
-@pytest.mark.slow
-def test_sigterm_saves_and_ends_and_the_same_command_goes_on(shards, tmp_path):
-    out = tmp_path / "run"
-    command = command_for(shards, out, steps=1500)
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'vqray.db'}"}
-    first = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    second = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
-        wait_for_checkpoint(out)
-        first.terminate()
-        stdout, stderr = first.communicate(timeout=60)
+        wait_until(lambda: Checkpoints(str(out)).complete()[-1] > before, "no further checkpoint was written")
+        second.terminate()
+        stdout, stderr = second.communicate(timeout=60)
     finally:
-        first.kill()
-    assert first.returncode == 1
-    step = int(
-        re.search(r"stopped as asked after step ([\d,]+), whose checkpoint is written", stderr)[1].replace(",", "")
-    )
+        second.kill()
+    assert second.returncode == 1
+    assert f"after step {before[1]:,}\n" in stderr
+    said = re.search(r"stopped as asked after step ([\d,]+), whose checkpoint is written", stderr)
+    step = int(said[1].replace(",", ""))
     assert Checkpoints(str(out)).complete()[-1] == (0, step)
     assert stdout == ""
 
-    second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert second.returncode == 0, second.stderr
-    assert f"after step {step:,}" in second.stderr
-    run_workers(2, tmp_path, {"whole": spec_of(NAME, shards, tmp_path / "whole", steps=1500, checkpoint_every=500)})
+    third = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert third.returncode == 0, third.stderr
+    assert f"after step {step:,}\n" in third.stderr
+    assert json.loads(third.stdout.splitlines()[-1])["digest"]
+    run_workers(2, tmp_path, {"whole": spec_of(NAME, shards, tmp_path / "whole", steps=LONG, checkpoint_every=LONG)})
     assert_same_weights(out, state_of(tmp_path, "whole", 0, 2))
 
 

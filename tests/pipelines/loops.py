@@ -28,6 +28,11 @@ TINY = {
         "learning_rate": 2e-3, "warm_up": 3, "revive_below": 0.05,
     },
     "plain_vq": {"num_codes": 12, "patch": 2, "batch_size": 8, "decay": 0.9},
+    "clvq_vae": {
+        "num_codes": 12, "sequence": 4, "batch_size": 8, "decoder_layers": 1, "heads": 2, "feedforward": 16,
+        "learning_rate": 2e-3, "decay": 0.9, "dropout": 0.0, "relative": True,
+    },
+    "sparse_autoencoder": {"num_codes": 24, "batch_size": 32, "learning_rate": 1e-2},
 }  # fmt: skip
 
 

@@ -1,0 +1,69 @@
+"""What recipes over activations share: layers, explained variance, directions."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pipelines.errors import Refused
+from vqcore import assign
+
+LAYER = "layer_"
+
+
+def layers_of(columns: Mapping[str, Any]) -> list[int]:
+    """The layers that shards hold, lowest first."""
+    return sorted(int(name.removeprefix(LAYER)) for name in columns if name.startswith(LAYER))
+
+
+def two_layers(low: int | None, high: int | None, columns: Mapping[str, Any]) -> tuple[int, int]:
+    """(layer that is encoded, layer that is decoded): as asked for, else the lowest and the highest of the shards.
+
+    Raises:
+        Refused: a layer the shards do not hold, or only one where none was asked for.
+    """
+    held = layers_of(columns)
+    names = ", ".join(map(str, held))
+    for key, layer in (("layer_in", low), ("layer_out", high)):
+        if layer is not None and layer not in held:
+            raise Refused(
+                f"{key}={layer} was given; these shards hold layers {names}. Ingest with --set layers={layer},..."
+            )
+    if len(held) == 1 and low is None and high is None:
+        raise Refused(
+            f"these shards hold layer {names} alone, and concepts lie between two: ingest with --set layers=3,6 (two of"
+            f" the model's), or say --set layer_in={names} layer_out={names} for those of one layer."
+        )
+    return held[0] if low is None else low, held[-1] if high is None else high
+
+
+def alikeness(vectors: Float[Tensor, "K D"]) -> dict[str, float]:
+    """How many there are, and the mean cosine over all pairs of two of them; no cosine of fewer than two."""
+    count = len(vectors)
+    if count < 2:
+        return {"active_codes": float(count)}
+    unit = torch.nn.functional.normalize(vectors.double(), dim=-1)
+    # Of sums over vectors: no K x K matrix.
+    cosine = (unit.sum(0).square().sum() - unit.square().sum()) / (count * (count - 1))
+    return {"active_codes": float(count), "code_cosine": float(cosine)}
+
+
+def explained(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """`mse` a dimension and the share of the variance that it leaves explained, from sums over `rows`: `error` (already
+    a dimension), `target` [D] and `target_square`."""
+    rows = sums["rows"]
+    mean = sums["target"] / rows
+    variance = (sums["target_square"] / rows - mean.square().sum()) / mean.numel()
+    mse = sums["error"] / rows
+    return {"mse": float(mse), "explained": float(1 - mse / variance)}
+
+
+def nearest_directions(vectors: Float[Tensor, "K D"]) -> Callable[[Float[Tensor, "N D"]], Float[Tensor, "N 1 D"]]:
+    """Rows -> the one of `vectors` that is nearest to each."""
+
+    def directions(rows: Float[Tensor, "N D"]) -> Float[Tensor, "N 1 D"]:
+        return vectors[assign.nearest(rows.to(vectors), vectors)].unsqueeze(1)
+
+    return directions

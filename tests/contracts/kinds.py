@@ -1,0 +1,38 @@
+"""A few rows of every corpus kind that a recipe trains on, as a recipe sees them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.recipe import Batch
+
+WIDTH = 8
+SHAPES: dict[str, dict[str, Any]] = {
+    "images": {"image": [1, 16, 16]},
+    "activations": {"layer_1": [WIDTH], "layer_2": [WIDTH]},
+}
+SMALL: dict[str, dict[str, Any]] = {"images": {}, "activations": {"sequence": 4}}
+"""Settings beside `batch_size` that keep a kind's recipes small."""
+
+
+def columns(kind: str, rows: int, seed: int = 0) -> dict[str, Tensor]:
+    """Column -> [rows, ...] as stored."""
+    drawn = torch.Generator().manual_seed(seed)
+    if kind == "images":
+        pixels = torch.randint(0, 256, (rows, *SHAPES[kind]["image"]), generator=drawn, dtype=torch.uint8)
+        return {"image": pixels, "label": torch.zeros(rows, dtype=torch.int32)}
+    vectors = {name: torch.randn(rows, *shape, generator=drawn).half() for name, shape in SHAPES[kind].items()}
+    return {**vectors, "position": torch.arange(rows, dtype=torch.int32)}
+
+
+def batch(kind: str, rows: int, masked: int | None = None, garbage: bool = False) -> Batch:
+    """`rows` rows, of which row `masked` is masked; with `garbage` it holds other values than without."""
+    found, mask = columns(kind, rows), torch.ones(rows, dtype=torch.bool)
+    if masked is not None:
+        mask[masked] = False
+    if garbage:
+        other = columns(kind, rows, seed=1)
+        for name, column in found.items():
+            column[masked] = other[name][masked]
+    return Batch(found, mask, torch.arange(rows))
