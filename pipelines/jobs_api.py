@@ -126,7 +126,7 @@ class JobsApi:
             found = [_job(one) for one in self._client.list_jobs() if one.type == JobType.SUBMISSION]
         return sorted(found, key=lambda job: job.began or 0)
 
-    def stop(self, job: str, patience: float = 30.0) -> tuple[Job, bool]:
+    def stop(self, job: str, patience: float = 90.0) -> tuple[Job, bool]:
         """Ask a job to end and wait until it did; the job, and whether it still ran.
 
         Raises:

@@ -27,8 +27,8 @@ OFTEN_MEANT = (
     "AWS_ENDPOINT_URL",
     "AWS_DEFAULT_REGION",
 )
-STOP_SECONDS = 10
-"""What a job has between being asked to stop and being killed."""
+STOP_SECONDS = 60
+"""What a job has between being asked to stop and being killed: `train` writes a checkpoint in it."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pipelines import storage
+from pipelines.checkpoint import Checkpoints
 from tests.cluster import heads
 from tests.pipelines.loops import make_shards
 
@@ -106,6 +107,7 @@ def test_ctrl_c_leaves_the_job_alone_and_stop_ends_it(cluster, tmp_path):
     command = Command(
         cluster, "submit", "--env", "MLFLOW_TRACKING_URI", "--", "train", "--recipe", "plain_vq", "--shards", shards,
         "--out", run, "--steps", "1000000", "--set", "num_codes=12", "patch=2", "batch_size=8",
+        "--checkpoint-every", "1000000",
         MLFLOW_TRACKING_URI=store,
     )  # fmt: skip
     heads.wait_for(lambda: "step/s" in command.said or command.process.poll() is not None, "no bar")
@@ -120,6 +122,8 @@ def test_ctrl_c_leaves_the_job_alone_and_stop_ends_it(cluster, tmp_path):
     stopped = Command(cluster, "jobs", "stop", job)
     code, result = stopped.end()
     assert (code, result["job"], result["status"], result["skipped"]) == (0, job, "STOPPED", False), stopped.said
+    # The only one, since none is due: it was written because the job was stopped.
+    assert len(Checkpoints(run).complete()) == 1
     code, result = follower.end()
     assert (code, result["status"]) == (1, "STOPPED"), follower.said
     assert f"job {job} was stopped" in follower.said
