@@ -46,7 +46,7 @@ def hanging_worker(spec: RunSpec, home: str, rank: int, how: str) -> None:
         Path(home, f"said-{rank}").write_text(f"{type(error).__name__}: {error}")
 
 
-@pytest.mark.parametrize("how", ["busy", "silent"])
+@pytest.mark.parametrize("how", ["busy", pytest.param("silent", marks=pytest.mark.slow)])
 def test_a_time_out_names_the_worker_that_did_not_come_and_the_collective(tmp_path, how):
     shards = make_shards(tmp_path / "shards")
     spec = spec_of("plain_vq", shards, tmp_path / "run", steps=6, checkpoint_every=2)
