@@ -84,7 +84,7 @@ class Vectors(nn.Module):
         super().__init__()
         if s.shape is None or s.column is None:
             raise ValueError("the rows' shape is not known: resolve the settings against a manifest first")
-        self.column, self.shape, self.levels = s.column, s.shape, s.levels
+        self.column, self.shape = s.column, s.shape
         self.grid, self.code_dim = self._places(s)
         self.positions = math.prod(self.grid)
         self.seeding_steps = math.ceil(64 * s.num_codes / (self.positions * s.batch_size))
@@ -102,8 +102,10 @@ class Vectors(nn.Module):
 
     def books(self) -> list[Codebook]:
         """One a level."""
-        one, levels = self.quantizer, range(self.levels)
-        return [one.codebook] if isinstance(one, VectorQuantizer) else [one.book_of(level) for level in levels]
+        one = self.quantizer
+        if isinstance(one, ResidualQuantizer):
+            return [one.book_of(level) for level in range(one.levels)]
+        return [one.codebook]
 
     def dtype(self) -> torch.dtype:
         return self.books()[0].vectors.dtype

@@ -13,9 +13,9 @@ from pipelines import loop, recipe
 from pipelines.errors import Refused
 from pipelines.feed import Feed, to_batch
 from pipelines.groups import GroupPlan
-from pipelines.loop import _micro_batches
 from pipelines.recipe import Batch, Grouping
 from pipelines.shards import ShardReader
+from pipelines.step import _micro_batches
 from tests.pipelines.loops import make_shards, spec_of
 
 CPU = torch.device("cpu")
