@@ -16,12 +16,13 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from pipelines import cluster, loop, storage, trained
+from pipelines import cluster, loop, trained
 from pipelines.checkpoint import Checkpoints
 from pipelines.errors import Failed, Refused
 from pipelines.feed import Feed
 from pipelines.loop import Event, RunSpec
 from pipelines.mailbox import Outbox
+from pipelines.patience import Unanswered
 from pipelines.request import Prepared, Request
 from pipelines.shards import ShardReader
 from pipelines.step import Wish
@@ -169,7 +170,7 @@ def _worker(config: dict[str, Any]) -> None:
         ray.get(outbox.flush())
     except loop.Stopped as stopped:
         ray.get([outbox.flush(), mailbox.stop_with.remote(str(stopped))])
-    except storage.Unanswered as error:
+    except Unanswered as error:
         _start_again(outbox, error)
         raise
     except (RuntimeError, OSError) as error:

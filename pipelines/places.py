@@ -63,8 +63,9 @@ class Places:
         place, silence = self._place_of(rank)
         if place is None:
             return None, silence, f"rank {rank} does not answer"
-        silent = f", and its process has said nothing for {silence:.0f} s" if silence > SILENT else ""
-        return place, silence, f"rank {rank} was in {place}{silent}"
+        if silence > SILENT:
+            return place, silence, f"rank {rank} was last heard of {silence:.0f} s ago, in {place}"
+        return place, silence, f"rank {rank} is in {place}"
 
     def _place_of(self, rank: int) -> tuple[str | None, float]:
         """(place, seconds since it was told) of another worker; clocks of machines are taken to agree to seconds."""

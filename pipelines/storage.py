@@ -5,39 +5,24 @@ An object store that has answered before and now does not is asked again for $VQ
 Messages never carry credentials.
 """
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import stat
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache as once
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import unquote, urlsplit
 
 from pipelines.errors import Failed, Refused
-from pipelines.retries import pauses
-
-T = TypeVar("T")
-
-SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-
-
-BUSY = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded")
-"""Codes of answers with which S3 asks to be asked again later."""
+from pipelines.patience import SECRETS, asked, told
 
 MULTIPART_BYTES = 16 * 2**20
 """A file of twice as much or more goes to s3 in parts of this size, several at once."""
-
-
-class Unanswered(Failed):
-    """The object store gave no answer, or one that it is not well, for all the patience there was. It may pass."""
 
 
 class Entry(NamedTuple):
@@ -92,18 +77,18 @@ def exists(uri: str) -> bool:
     """Whether there is a file or a directory; on s3, whether any key begins with `uri/`."""
     uri = normalise(uri)
     if is_local(uri):
-        with _told(uri, "look for"):
+        with told(uri, "look for"):
             return os.path.exists(uri)
-    return _asked(uri, "look for", lambda: bool(_s3().exists(uri)))
+    return asked(uri, "look for", lambda: bool(_s3().exists(uri)))
 
 
 def size(uri: str) -> int:
     """Bytes of one file."""
     uri = normalise(uri)
     if is_local(uri):
-        with _told(uri, "look at"):
+        with told(uri, "look at"):
             return os.stat(uri).st_size
-    return _asked(uri, "look at", lambda: int(_s3().info(uri)["size"]))
+    return asked(uri, "look at", lambda: int(_s3().info(uri)["size"]))
 
 
 def list_files(uri: str) -> list[Entry]:
@@ -113,13 +98,13 @@ def list_files(uri: str) -> list[Entry]:
     0 bytes, so that whoever reads it can say so; sockets, pipes and devices are not files.
     """
     uri = normalise(uri)
-    with _told(uri, "list"):
+    with told(uri, "list"):
         if is_local(uri):
             about = os.stat(uri)
             alone = Entry(_shown(os.path.basename(uri)), uri, about.st_size)
             found = list(_walk(uri)) if stat.S_ISDIR(about.st_mode) else [alone]
         else:
-            listed = _asked(uri, "list", lambda: _s3().find(uri, detail=True))
+            listed = asked(uri, "list", lambda: _s3().find(uri, detail=True))
             if not listed:
                 raise FileNotFoundError(uri)
             top = uri.removeprefix("s3://")
@@ -135,8 +120,8 @@ def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> b
     """Bytes [start, stop) of a file; all of it by default."""
     uri = normalise(uri)
     if not is_local(uri):
-        return _asked(uri, "read", lambda: cast(bytes, _s3().cat_file(uri, start=start, end=stop)))
-    with _told(uri, "read"), open(uri, "rb") as file:
+        return asked(uri, "read", lambda: cast(bytes, _s3().cat_file(uri, start=start, end=stop)))
+    with told(uri, "read"), open(uri, "rb") as file:
         file.seek(start or 0)
         return file.read() if stop is None else file.read(max(0, stop - (start or 0)))
 
@@ -144,7 +129,7 @@ def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> b
 def open_read(uri: str) -> BinaryIO:
     """A seekable binary file."""
     uri = normalise(uri)
-    with _told(uri, "open"):
+    with told(uri, "open"):
         return cast(BinaryIO, open(uri, "rb") if is_local(uri) else _s3().open(uri, "rb"))
 
 
@@ -156,7 +141,7 @@ def writing(uri: str, sync: bool = True) -> Iterator[Path]:
     """
     uri = normalise(uri)
     local = is_local(uri)
-    with _told(uri, "write"):
+    with told(uri, "write"):
         folder = Path(uri).parent if local else Path(tempfile.gettempdir())
         folder.mkdir(parents=True, exist_ok=True)
     # Hidden and not tempfile's: its files are 0600, and these must follow the umask.
@@ -164,9 +149,9 @@ def writing(uri: str, sync: bool = True) -> Iterator[Path]:
     try:
         yield staged
         if not local:
-            _asked(uri, "write", lambda: _s3().put_file(str(staged), uri, chunksize=MULTIPART_BYTES))
+            asked(uri, "write", lambda: _s3().put_file(str(staged), uri, chunksize=MULTIPART_BYTES))
             return
-        with _told(uri, "write"):
+        with told(uri, "write"):
             if sync:
                 _sync(staged)
             os.replace(staged, uri)
@@ -180,15 +165,15 @@ def write_atomic(uri: str, data: bytes) -> None:
     """Write a small file; readers see the old one or the new one, never a part."""
     uri = normalise(uri)
     if is_local(uri):
-        with writing(uri) as staged, _told(uri, "write"):
+        with writing(uri) as staged, told(uri, "write"):
             staged.write_bytes(data)
     else:
-        _asked(uri, "write", lambda: _s3().pipe_file(uri, data))
+        asked(uri, "write", lambda: _s3().pipe_file(uri, data))
 
 
 def upload(path: str | Path, uri: str) -> None:
     """Copy a local file to `uri`, atomically; the file itself stays."""
-    with writing(uri) as staged, _told(normalise(uri), "write"):
+    with writing(uri) as staged, told(normalise(uri), "write"):
         shutil.copyfile(path, staged)
 
 
@@ -206,11 +191,11 @@ def local_copy(uri: str, sha256: str | None = None, cache: str | Path | None = N
     if is_local(uri):
         size(uri)
         return Path(uri)
-    with _told(uri, "download"):
+    with told(uri, "download"):
         kept = _cached(uri, sha256, cache)
         if not kept.exists():
             with writing(str(kept)) as staged:
-                _asked(uri, "download", lambda: _s3().get_file(uri, str(staged)))
+                asked(uri, "download", lambda: _s3().get_file(uri, str(staged)))
                 found = sha256_of_file(staged) if sha256 else None
                 if found != sha256:
                     raise Failed(
@@ -232,9 +217,9 @@ def remove(uri: str) -> None:
         if exists(uri):
             # Of a try whose answer was lost nothing may be left to delete.
             with suppress(Refused):
-                _asked(uri, "remove", lambda: _s3().rm(uri, recursive=True))
+                asked(uri, "remove", lambda: _s3().rm(uri, recursive=True))
         return
-    with _told(uri, "remove"):
+    with told(uri, "remove"):
         if os.path.isdir(uri) and not os.path.islink(uri):
             shutil.rmtree(uri)
         else:
@@ -286,7 +271,7 @@ def _walk(top: str) -> Iterator[Entry]:
     waiting: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(top, "", ())]
     while waiting:
         folder, prefix, above = waiting.pop()
-        with _told(folder, "list"):
+        with told(folder, "list"):
             here = os.stat(folder)
             if (here.st_dev, here.st_ino) in above:
                 continue
@@ -316,7 +301,7 @@ def _cached(uri: str, sha256: str | None, cache: str | Path | None) -> Path:
     root = Path(cache or os.environ.get("VQRAY_CACHE") or _user_cache())
     state = sha256
     if state is None:
-        info = _asked(uri, "look at", lambda: _s3().info(uri))
+        info = asked(uri, "look at", lambda: _s3().info(uri))
         state = f"{info.get('ETag')} {info['size']} {info.get('LastModified')}"
     # The name is kept at the end: corpora recognise files by their suffix.
     return root / hashlib.sha256(f"{uri}\n{state}".encode()).hexdigest()[:32] / uri.rsplit("/", 1)[-1]
@@ -339,83 +324,3 @@ def _s3() -> Any:
     import s3fs
 
     return s3fs.S3FileSystem(use_listings_cache=False)
-
-
-@once
-def _network_errors() -> tuple[type[Exception], ...]:
-    from aiohttp import ClientError as Connection
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    return BotoCoreError, ClientError, Connection
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether the same question may be answered later: the network's faults and a store that is not well."""
-    from aiohttp import ClientError as Connection
-    from botocore import exceptions as boto
-
-    if isinstance(error, boto.ClientError):
-        answer = error.response
-        code = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return code >= 500 or code == 429 or answer.get("Error", {}).get("Code") in BUSY
-    if isinstance(error, OSError):
-        # s3fs tells most faults as errors of the operating system, those of the server as EIO and EBUSY.
-        return isinstance(error, TimeoutError | ConnectionError) or error.errno in (None, errno.EIO, errno.EBUSY)
-    return isinstance(error, Connection | boto.ConnectionError | boto.HTTPClientError | boto.IncompleteReadError)
-
-
-_answered = False
-"""Whether an object store has answered in this process. One that never did is a wrong address, not a passing fault."""
-
-
-def _asked(uri: str, verb: str, question: Callable[[], T]) -> T:
-    """What the object store answers; asked again, with growing pauses, while it is not well."""
-    global _answered
-    patience, began, waits = float(os.environ.get("VQRAY_STORAGE_PATIENCE") or 120), time.monotonic(), pauses()
-    while True:
-        try:
-            with _told(uri, verb):
-                found = question()
-        except Unanswered:
-            if not _answered or time.monotonic() - began > patience:
-                raise
-        except Refused:
-            _answered = True
-            raise
-        else:
-            _answered = True
-            return found
-        time.sleep(next(waits))
-
-
-@contextmanager
-def _told(uri: str, verb: str) -> Iterator[None]:
-    """Turn what the disk or the network raises into this project's errors, with the URI and without credentials."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise Refused(f"could not {verb} {uri}: it does not exist.") from None
-    except PermissionError as error:
-        raise Refused(f"could not {verb} {uri}: permission denied ({_plain(error)}).") from None
-    except OSError as error:
-        kind = Failed if is_local(uri) or not _may_pass(error) else Unanswered
-        raise kind(f"could not {verb} {uri}: {_plain(error)}.") from None
-    except Exception as error:
-        if is_local(uri) or not isinstance(error, _network_errors()):
-            raise
-        kind = Unanswered if _may_pass(error) else Failed
-        raise kind(
-            f"could not {verb} {uri}: {_plain(error)}. Check AWS_ENDPOINT_URL and the AWS_* credentials."
-        ) from None
-
-
-def _plain(error: BaseException) -> str:
-    text = (
-        (error.strerror if isinstance(error, OSError) and error.strerror else None)
-        or str(error)
-        or type(error).__name__
-    )
-    for name in SECRETS:
-        if secret := os.environ.get(name):
-            text = text.replace(secret, f"${name}")
-    return text.rstrip(".")

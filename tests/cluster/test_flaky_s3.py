@@ -13,7 +13,7 @@ import pytest
 import s3fs
 import torch
 
-from pipelines import loop, retries, storage
+from pipelines import loop, patience, retries, storage
 from pipelines.checkpoint import Checkpoints
 from pipelines.errors import Failed
 from pipelines.feed import Feed
@@ -89,7 +89,7 @@ def test_training_goes_on_while_the_store_is_down_and_saves_when_it_is_back(
 def test_a_store_that_never_answered_is_called_wrong_at_once(monkeypatch, flaky):
     flaky.down.set()
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(storage, "_answered", False)
+    monkeypatch.setattr(patience, "_answered", False)
     with pytest.raises(Failed, match=r"could not read s3://nobody/x"):
         storage.read_bytes("s3://nobody/x")
     asked = flaky.answers.total()
