@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from pipelines.claimed import claims
+    from pipelines.paper_claims import claims
 
     out = Path(arguments.out or f"claims/{arguments.recipe}")
     made = claims(arguments.recipe, out.absolute(), headline=arguments.headline, seeds=arguments.seeds)

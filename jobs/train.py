@@ -71,7 +71,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             raise Refused("steps is given twice, by --steps and by --set; give it once.")
         overrides["steps"] = arguments.steps
     from pipelines import registry
-    from pipelines.train import Request, train
+    from pipelines.request import Request
+    from pipelines.train import train
 
     if arguments.register is not None:
         registry.check_name(arguments.register)

@@ -12,7 +12,8 @@ from pipelines.errors import Refused
 from pipelines.evaluate import Evaluation, evaluate
 from pipelines.ingest import IngestResult, ingest
 from pipelines.options import validated
-from pipelines.train import Request, train
+from pipelines.request import Request
+from pipelines.train import train
 
 ALIAS = "champion"
 

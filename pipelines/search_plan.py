@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from typing import Any
 
 import torch
 
-from pipelines import evaluate, front, recipe, registry, sampling, storage, train, trial_run, trials, warm
+from pipelines import evaluate, front, recipe, registry, sampling, storage, trial_run, trials, warm
 from pipelines.errors import Refused, nearest_names
 from pipelines.feasibility import SIZE, Feasibility, without_what_follows
 from pipelines.feed import columns_of
 from pipelines.options import validated
 from pipelines.recipe import Recipe
+from pipelines.request import prepare
 from pipelines.shards import ShardReader
 from pipelines.space import Point, Space, parse_space
 from pipelines.trial_run import Common, Proposal
@@ -123,14 +125,20 @@ class Plan:
                 f"none of {sampling.TRIES} points drawn from the search space can be trained:"
                 " loosen --capacity or --bits, or widen the space."
             )
-        train.prepare(trial_run.request_of(self.common, Proposal(0, 0, first, 0, request.seed), self.out))
+        prepare(trial_run.request_of(self.common, Proposal(0, 0, first, 0, request.seed), self.out))
         for point, reason in self.left_out:
             given = " ".join(f"{key}={value}" for key, value in point.items())
             print(f"left out: {given} ({reason})", file=sys.stderr)
 
     @cached_property
     def _grid(self) -> tuple[list[Point], list[tuple[Point, str]]]:
-        return sampling.grid_points(self.feasibility) if self.sampler == "grid" else ([], [])
+        if self.sampler != "grid":
+            return [], []
+        points, left_out = sampling.grid_points(self.feasibility)
+        if self.request.asha:
+            # In the grid's own order each trial may be better than all before it, and then none is stopped.
+            random.Random(self.request.seed).shuffle(points)
+        return points, left_out
 
     @property
     def points(self) -> list[Point]:

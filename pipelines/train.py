@@ -10,23 +10,10 @@ from typing import Any
 
 from pipelines import cluster, storage, tracking
 from pipelines.claims import claim
-from pipelines.group import carry_out, carry_out_on_workers, check_room
+from pipelines.group import carry_out_on_workers, check_room
 from pipelines.loop import Stopped
 from pipelines.mailbox import Listener, Mailbox
 from pipelines.request import RUN_FILE, Prepared, Request, prepare
-
-__all__ = [
-    "Outcome",
-    "Prepared",
-    "Request",
-    "carry_out",
-    "carry_out_on_workers",
-    "check_room",
-    "claim_run",
-    "has_bundle",
-    "prepare",
-    "train",
-]
 
 RUN = "vqray-run"
 VERSION = 1

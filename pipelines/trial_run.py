@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import torch
 
-from pipelines import checkpoint, evaluate, recipe, registry, storage, train, trained, trials
+from pipelines import checkpoint, evaluate, group, recipe, registry, storage, train, trained, trials
 from pipelines.checkpoint import Checkpoints
 from pipelines.loop import Event
+from pipelines.request import Prepared, Request, prepare
 from pipelines.shards import ShardReader
-from pipelines.train import Prepared, Request
 from pipelines.trained import Trained
 from pipelines.trials import Trial
 from vqcore.quantizers.contract import quantizers_in
@@ -124,7 +124,7 @@ def run_trial(
         return Trial.from_json(storage.read_json(storage.join(home, trials.RECORD)))
     try:
         request = request_of(common, proposal, out)
-        prepared = train.prepare(request)
+        prepared = prepare(request)
         train.claim_run(prepared)
         if common.rungs:
             # What is told of a checkpoint is scored there and then.
@@ -145,7 +145,7 @@ def run_trial(
 
 def train_here(request: Request, prepared: Prepared, tell: Callable[[Event], None]) -> None:
     """Train in this process, on its GPU where the request has one."""
-    train.carry_out(prepared, torch.device("cuda" if request.gpus_per_worker else "cpu"), tell)
+    group.carry_out(prepared, torch.device("cuda" if request.gpus_per_worker else "cpu"), tell)
 
 
 def _cut(deeper: str, prepared: Prepared) -> None:

@@ -20,11 +20,12 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
-from pipelines import cluster, search_report, storage, tracking, train, trial_run
+from pipelines import cluster, group, search_report, storage, tracking, trial_run
 from pipelines.champion import Conclusion, conclude
 from pipelines.claims import claim
 from pipelines.errors import Failed
 from pipelines.mailbox import Mailbox, Outbox
+from pipelines.request import Prepared, Request
 from pipelines.search_log import SearchLog
 from pipelines.search_plan import REDUCTION, Plan, Search
 from pipelines.search_session import Session
@@ -232,9 +233,9 @@ def _trial(config: dict[str, Any], *, out: str, common: dict[str, Any], mailbox:
     outbox = Outbox(mailbox, trial=proposal.number)
     outbox.tell({"kind": "begin"})
 
-    def on_workers(request: train.Request, prepared: train.Prepared, tell: Any) -> None:
+    def on_workers(request: Request, prepared: Prepared, tell: Any) -> None:
         own = Mailbox.remote()  # type: ignore[attr-defined]
-        train.carry_out_on_workers(request, prepared, own, mailbox, trial=proposal.number)
+        group.carry_out_on_workers(request, prepared, own, mailbox, trial=proposal.number)
 
     def rung(step: int, metrics: dict[str, float]) -> None:
         outbox.flush()
@@ -279,7 +280,7 @@ def _slots(request: Search, remaining: int) -> int:
     Raises:
         Refused: the cluster holds not even one.
     """
-    train.check_room(request.workers, request.gpus_per_worker)
+    group.check_room(request.workers, request.gpus_per_worker)
     cpus = int(cluster.most("CPU"))
     room = cpus // request.workers
     if request.gpus_per_worker:

@@ -132,3 +132,15 @@ def psnr(mean_squared_error: float, peak: float) -> float:
             f"mean_squared_error is {mean_squared_error} and peak {peak}; need an error >= 0 and a peak > 0"
         )
     return math.inf if mean_squared_error == 0 else 10 * math.log10(peak**2 / mean_squared_error)
+
+
+def explained(mse: float, mean: Float[Tensor, " D"], square: Float[Tensor, ""]) -> float:
+    """The share of vectors' variance that an error leaves explained; 0 where they do not vary, and below it where the
+    error is larger than their variance.
+
+    Args:
+        mse: mean squared error a dimension.
+        mean, square: means over vectors of x and of |x|^2.
+    """
+    variance = float((square - mean.square().sum()) / mean.numel())
+    return 1.0 - mse / variance if variance > 0 else 0.0

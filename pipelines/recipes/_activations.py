@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipelines.errors import Refused
-from vqcore import assign
+from vqcore import assign, losses
 
 LAYER = "layer_"
 
@@ -53,11 +53,9 @@ def alikeness(vectors: Float[Tensor, "K D"]) -> dict[str, float]:
 def explained(sums: Mapping[str, Tensor]) -> dict[str, float]:
     """`mse` a dimension and the share of the variance that it leaves explained, from sums over `rows`: `error` (already
     a dimension), `target` [D] and `target_square`."""
-    rows = sums["rows"]
-    mean = sums["target"] / rows
-    variance = (sums["target_square"] / rows - mean.square().sum()) / mean.numel()
-    mse = sums["error"] / rows
-    return {"mse": float(mse), "explained": float(1 - mse / variance)}
+    mean, square = sums["target"] / sums["rows"], sums["target_square"] / sums["rows"]
+    mse = float(sums["error"] / sums["rows"])
+    return {"mse": mse, "explained": losses.explained(mse, mean, square)}
 
 
 def nearest_directions(vectors: Float[Tensor, "K D"]) -> Callable[[Float[Tensor, "N D"]], Float[Tensor, "N 1 D"]]:

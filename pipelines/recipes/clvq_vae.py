@@ -31,7 +31,7 @@ from torch.optim import Adam, Optimizer
 from pipelines.errors import Refused
 from pipelines.recipe import Batch, Grouping, Losses, Measured, Recipe, Report, ReportJob, Settings, Share, Stage
 from pipelines.recipes import _activations as activations
-from pipelines.recipes import _clvq_claims as claimed
+from pipelines.recipes import _clvq_claims as paper
 from pipelines.recipes import _concept_report as reports
 from vqcore import losses, seeding
 from vqcore.assign import Metric
@@ -344,7 +344,7 @@ recipe = Recipe(
     measure=measure,
     summarise=summarise,
     geometry=geometry,
-    claims=claimed.claims,
+    claims=paper.claims,
     report=Report(reports.ConceptReportSettings, write_report, reports.FILES, reports.refuse),
     space={
         "num_codes": "choice:50,100,200,400,800,1200",

@@ -21,7 +21,7 @@ from torch.optim import Adam, Optimizer
 from pipelines.errors import Refused
 from pipelines.recipe import Batch, Losses, Measured, Prefix, Recipe, Settings, Share, Stage
 from pipelines.recipes import _images as images
-from vqcore import seeding
+from vqcore import losses, seeding
 from vqcore.codebook import Codebook
 from vqcore.quantizers import Quantized, ResidualQuantizer, VectorBatch, VectorQuantizer
 
@@ -128,7 +128,7 @@ class Vectors(nn.Module):
             "squared": quantized.squared_error / self.code_dim,
             "vectors": quantized.valid.double(),
             "sum": x.sum(0),
-            "square": x.square().sum() / self.code_dim,
+            "square": x.square().sum(),
         }
 
 
@@ -211,9 +211,8 @@ def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
     found = images.summary(sums) if "pixel" in sums else {}
     if "squared" in sums:
         mse = float(sums["squared"] / sums["vectors"])
-        mean = sums["sum"] / sums["vectors"]
-        variance = float(sums["square"] / sums["vectors"] - mean.square().mean())
-        found |= {"mse": mse, "explained_variance": 1 - mse / variance if variance > 0 else 0.0}
+        mean, square = sums["sum"] / sums["vectors"], sums["square"] / sums["vectors"]
+        found |= {"mse": mse, "explained": losses.explained(mse, mean, square)}
     return found
 
 

@@ -25,6 +25,7 @@ from pipelines import loop, recipe, train
 from pipelines.checkpoint import Checkpoints
 from pipelines.feed import Feed, columns_of
 from pipelines.loop import RunSpec
+from pipelines.request import Request
 from pipelines.shards import ShardReader
 from tests.pipelines.loops import make_shards
 
@@ -227,9 +228,7 @@ def _against_ray(shards: str, scratch: str, steps: int, rounds: int) -> None:
         out = f"{spec.out}-ray-{number}"
         overrides = {"batch_size": spec.settings["batch_size"], "steps": 3 * steps}
         began = time.perf_counter()
-        train.train(
-            train.Request(NAME, shards, out, preset="small", overrides=overrides, workers=2, checkpoint_every=steps)
-        )
+        train.train(Request(NAME, shards, out, preset="small", overrides=overrides, workers=2, checkpoint_every=steps))
         starts.append(time.perf_counter() - began - Checkpoints(out).totals()["seconds"])
         ratios.append(_between(out) / _between(f"{plain.out}-2-0"))
     print(

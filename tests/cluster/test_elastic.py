@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import loop, train
+from pipelines import loop
 from pipelines.checkpoint import Checkpoints
 from pipelines.feed import Feed
+from pipelines.request import Request, prepare
 from pipelines.shards import ShardReader
 from pipelines.step import Wish
-from pipelines.train import Request
 from tests.cluster import recorded
 from tests.pipelines.loops import CPU, TINY, make_shards, spec_of
 from vqcore.bundle import read_bundle
@@ -43,7 +43,7 @@ DRIVER = """
                                                             "object_store_memory": 10**8})
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(words["nodes"])]
     ray.init(address=cluster.address, log_to_driver=False)
-    run = threading.Thread(target=train.train, args=(train.Request(**words["request"]),))
+    run = threading.Thread(target=train.train, args=(Request(**words["request"]),))
     run.start()
     while recorded.newest_step(words["out"]) < words["at"]:
         time.sleep(0.02)
@@ -110,7 +110,7 @@ def test_after_losing_a_node_the_run_goes_on_with_fewer_workers_and_reaches_the_
     assert recorded.worlds(asked.out) == [2, 1]
     assert "1 of 2 workers" in said
     assert "resuming stage" in said
-    recorded.check_rows(train.prepare(asked).spec, 200)
+    recorded.check_rows(prepare(asked).spec, 200)
     assert_state_of_one_worker(asked, tmp_path, 200, read_bundle(Path(asked.out) / "bundle").tensors)
 
 
@@ -122,7 +122,7 @@ def test_when_a_node_comes_the_workers_save_first_and_go_on_as_more(tmp_path, sc
     resumed = int(re.search(r"resuming stage '\w+' after step ([\d,]+)", said)[1].replace(",", ""))
     last = max(entry["step"] for entry in recorded.entries(asked.out) if entry["world"] == 1)
     assert 0 < resumed <= last + 1
-    recorded.check_rows(train.prepare(asked).spec, 1500)
+    recorded.check_rows(prepare(asked).spec, 1500)
     # Not the end: over many more than 400 steps also undisturbed runs of one and two workers come apart at a code that
     # flips.
     assert_state_of_one_worker(asked, tmp_path, resumed, model_in(asked.out, resumed))

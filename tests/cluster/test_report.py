@@ -10,8 +10,9 @@ from jobs import cli
 from pipelines import report as reporting
 from pipelines.errors import Refused
 from pipelines.report import report
+from pipelines.request import Request
 from pipelines.shards import ShardReader
-from pipelines.train import Request, train
+from pipelines.train import train
 from tests.pipelines.corpora import tiny_language_models as tiny
 from tests.pipelines.loops import TINY
 

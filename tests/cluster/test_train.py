@@ -19,7 +19,7 @@ import pytest
 from pipelines import group, train
 from pipelines.checkpoint import Checkpoints
 from pipelines.errors import Failed, Refused
-from pipelines.train import Request
+from pipelines.request import Request, prepare
 from tests.cluster import recorded
 from tests.pipelines.loops import TINY, make_shards, run_workers, spec_of, state_of
 from vqcore.bundle import read_bundle
@@ -92,7 +92,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_bits_of_an_undist
     assert killed
     assert_same_weights(out, undisturbed)
     assert outcome.metrics["train/usage"] > 0
-    spec = train.prepare(request_for(shards, out, workers=2)).spec
+    spec = prepare(request_for(shards, out, workers=2)).spec
     recorded.check_rows(spec, STEPS)
     # What was made since the newest checkpoint was made twice, and no more.
     twice = [step for step, times in recorded.rows_of_steps(out).items() if len(times) == 2]
@@ -117,7 +117,7 @@ def test_a_worker_that_hangs_is_named_and_replaced(shards, tmp_path, undisturbed
     assert re.search(rf"rank 0 waited in vain in the sum of counts of step 51: {heard}\.", said)
     assert "The workers start again from the newest checkpoint." in said
     assert_same_weights(out, undisturbed)
-    recorded.check_rows(train.prepare(request_for(shards, out, workers=2)).spec, STEPS)
+    recorded.check_rows(prepare(request_for(shards, out, workers=2)).spec, STEPS)
 
 
 def command_for(shards: str, out: Path) -> list[str]:

@@ -81,7 +81,7 @@ def test_metrics_are_those_of_numpy_over_the_decoded_rows(shards, tmp_path, leve
     error = ((x - decoded.double().numpy()[kept]) ** 2).mean()
     made = found.summarise({**measured.sums, "rows": torch.tensor(29.0)})
     assert made["mse"] == pytest.approx(error, rel=1e-6)
-    assert made["explained_variance"] == pytest.approx(1 - error / x.var(0).mean(), rel=1e-6)
+    assert made["explained"] == pytest.approx(1 - error / x.var(0).mean(), rel=1e-6)
 
 
 def test_every_depth_of_a_search_is_the_run_that_it_would_have_been(shards, tmp_path):

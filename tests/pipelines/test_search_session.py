@@ -12,10 +12,10 @@ import torch
 from pipelines import loop, search_plan, storage, trial_run, trials
 from pipelines.errors import Failed, Refused
 from pipelines.feed import Feed
+from pipelines.request import Request
 from pipelines.search_plan import Plan, Search
 from pipelines.search_session import Session, value_of
 from pipelines.shards import ShardReader
-from pipelines.train import Request
 from tests.pipelines.loops import make_shards, spec_of
 from vqcore.bundle import read_bundle
 
@@ -344,3 +344,13 @@ def test_the_early_stopper_has_seen_what_ended_in_earlier_sessions(shards, tmp_p
         stopper.on_trial_add(None, bad)
     assert fresh.on_trial_result(None, bad, {"step": 1, "distortion": 0.5}) == "CONTINUE"
     assert taught.on_trial_result(None, bad, {"step": 1, "distortion": 0.5}) == "STOP"
+
+
+def test_asha_takes_the_points_of_a_grid_in_a_seeded_order(shards, tmp_path):
+    plain, stopped, again, other = (
+        Plan(asked(shards, tmp_path, objectives=("min:distortion",), **changes)).points
+        for changes in ({}, {"asha": True}, {"asha": True}, {"asha": True, "seed": 1})
+    )
+    assert stopped == again
+    assert len({str(points) for points in (plain, stopped, other)}) == 3
+    assert sorted(map(str, plain)) == sorted(map(str, stopped)) == sorted(map(str, other))

@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from vqcore.losses import passing_squared_error, psnr, squared_error
+from vqcore.losses import explained, passing_squared_error, psnr, squared_error
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -135,3 +136,11 @@ def test_psnr() -> None:
     for error, peak in [(-1.0, 1.0), (1.0, 0.0), (math.nan, 1.0)]:
         with pytest.raises(ValueError, match="peak"):
             psnr(error, peak)
+
+
+def test_explained_is_one_less_the_share_of_the_variance_of_numpy():
+    drawn = np.random.default_rng(0)
+    x, error = drawn.normal(3, 2, (500, 7)), 0.9
+    mean, square = torch.from_numpy(x.mean(0)), torch.tensor((x**2).sum(1).mean())
+    assert explained(error, mean, square) == pytest.approx(1 - error / x.var(0).mean(), rel=1e-9)
+    assert explained(0.0, torch.ones(7), torch.tensor(7.0)) == 0.0

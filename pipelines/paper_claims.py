@@ -20,8 +20,9 @@ from pipelines.ingest import ingest
 from pipelines.options import validated
 from pipelines.recipe import Claims, Contrast, Line, Recipe, Run
 from pipelines.report import report
+from pipelines.request import Request
 from pipelines.shards import ShardReader
-from pipelines.train import Request, train
+from pipelines.train import train
 
 MEASURED = "measured.json"
 SEEDS = (0, 1, 2)

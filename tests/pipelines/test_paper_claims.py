@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import claimed, recipe
-from pipelines.claimed import Row, contrasted, table
+from pipelines import paper_claims, recipe
 from pipelines.errors import Refused
+from pipelines.paper_claims import Row, contrasted, table
 from pipelines.recipe import Claims, Contrast, Line, Run
 
 RUNS = (Run("a", {"steps": 1}, 2.0), Run("b", {}, 5.0, headline=False))
@@ -45,10 +45,10 @@ class Made(list):
 
     def __call__(self, name, run, seed, out, shards, places, told):
         self.append((run.name, seed))
-        home = claimed._home(out, run, seed)
+        home = paper_claims._home(out, run, seed)
         home.mkdir(parents=True)
         values = {"a": 3.0, "b": 1.0}[run.name]
-        (home / claimed.MEASURED).write_text(json.dumps({"metrics": {"x": values + seed / 10, "y": values + 0.1}}))
+        (home / paper_claims.MEASURED).write_text(json.dumps({"metrics": {"x": values + seed / 10, "y": values + 0.1}}))
 
 
 @pytest.fixture
@@ -60,15 +60,15 @@ def made(monkeypatch, tmp_path) -> Made:
     told = Claims((), 1.0, lambda places: ([], {}), RUNS, LINES)
     fake = recipe.Recipe(**{**recipe.load("plain_vq").__dict__, "claims": told})
     monkeypatch.setattr(recipe, "load", lambda name: fake)
-    monkeypatch.setattr(claimed, "_data", lambda *_: (shards, {}))
-    monkeypatch.setattr(claimed.cluster, "connect", lambda: None)
+    monkeypatch.setattr(paper_claims, "_data", lambda *_: (shards, {}))
+    monkeypatch.setattr(paper_claims.cluster, "connect", lambda: None)
     making = Made()
-    monkeypatch.setattr(claimed, "_make", making)
+    monkeypatch.setattr(paper_claims, "_make", making)
     return making
 
 
 def test_the_headline_makes_its_own_runs_and_the_rest_adds_what_is_missing(made, tmp_path, capsys):
-    found = claimed.claims("x", tmp_path, headline=True)
+    found = paper_claims.claims("x", tmp_path, headline=True)
     assert made == [("a", 0), ("a", 1), ("a", 2)]
     assert "3 runs to make, about 6 minutes" in capsys.readouterr().err
     assert [(row["what"], row["verdict"]) for row in found.claims] == [
@@ -77,11 +77,11 @@ def test_the_headline_makes_its_own_runs_and_the_rest_adds_what_is_missing(made,
         ("inside", "no difference beyond the spread"),
     ]
     made.clear()
-    found = claimed.claims("x", tmp_path)
+    found = paper_claims.claims("x", tmp_path)
     assert made == [("b", 0), ("b", 1), ("b", 2)]
     assert {row["what"]: row["verdict"] for row in found.claims}["above"] == "yes"
     made.clear()
-    again = claimed.claims("x", tmp_path)
+    again = paper_claims.claims("x", tmp_path)
     assert (made, again.skipped, again.claims) == ([], True, found.claims)
     assert json.loads((tmp_path / "claims.json").read_text())["claims"] == found.claims
     assert (tmp_path / "claims.txt").read_text().splitlines() == found.table
@@ -89,10 +89,10 @@ def test_the_headline_makes_its_own_runs_and_the_rest_adds_what_is_missing(made,
 
 def test_recipes_without_claims_are_refused_with_those_that_have_them(tmp_path):
     with pytest.raises(Refused, match="names no claims; these do: "):
-        claimed.claims("plain_vq", tmp_path)
+        paper_claims.claims("plain_vq", tmp_path)
 
 
-@pytest.mark.parametrize("name", claimed.able())
+@pytest.mark.parametrize("name", paper_claims.able())
 def test_claims_name_runs_and_settings_that_exist(name, tmp_path):
     """Every claim's run is made; every run's settings are the recipe's own; every report setting exists."""
     told = recipe.load(name).claims
@@ -107,4 +107,4 @@ def test_claims_name_runs_and_settings_that_exist(name, tmp_path):
     if told.report is not None:
         found = recipe.load(name)
         found.report.Settings(**told.report(places, tmp_path))
-    assert sum(run.minutes for run in told.runs if run.headline) * len(claimed.SEEDS) + told.minutes <= 45
+    assert sum(run.minutes for run in told.runs if run.headline) * len(paper_claims.SEEDS) + told.minutes <= 45
