@@ -132,12 +132,13 @@ def classes_of(labels: Sequence[str | None]) -> list[str]:
 
 def readout(vectors: Vectors, targets: npt.NDArray[np.int64]) -> Readout:
     """The classifier whose predictions are explained: logistic regression. With two classes, a logit each."""
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     scale = vectors.std(0, dtype=np.float64) + 1e-9
     centre = vectors.mean(0, dtype=np.float64)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore", ConvergenceWarning)
         fitted = LogisticRegression(max_iter=1000).fit((vectors - centre) / scale, targets)
     weights, bias = fitted.coef_, fitted.intercept_
     if len(weights) == 1:
@@ -190,6 +191,7 @@ def ask(
     Args:
         forms: name -> [N, D], the same N documents, whole or with something taken out.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.model_selection import StratifiedKFold
     from sklearn.neural_network import MLPClassifier
     from sklearn.pipeline import make_pipeline
@@ -207,7 +209,7 @@ def ask(
         )  # fmt: skip
         probe = make_pipeline(StandardScaler(), network)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore", ConvergenceWarning)
             probe.fit(train[kept], train_targets[kept])
         for name, vectors in forms.items():
             right[name].append(probe.predict(vectors) == targets)
