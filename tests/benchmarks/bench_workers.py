@@ -1,9 +1,11 @@
 """Two workers of one group against two that do not know of each other, what Ray adds, and what a step is made of.
 
 All run the loop of `vqray train` on the same shards with the same rows a worker, one thread each, and take turns; a
-side's time is from its first step to its last, by the clock, since a reduce is waiting. The ratio is taken within a
-round, then the median over rounds. A small model made of the parts (`predicted`) says what 2 and 4 workers do, and what
-nobody here can measure: 8 to 512 GPUs. Its numbers of GPUs are those of the makers, none of ours.
+side's time is from its first step to its last, by the clock, since a reduce is waiting. The ratio is of steps a second
+of all workers within a round, then the median over rounds. Beside it, what waiting alone leaves: the copies' own steps,
+paired, as if each took as long as the slower of its pair. A small model made of the parts (`predicted`) says what 2 and
+4 workers do, and what nobody here can measure: 8 to 512 GPUs. Its numbers of GPUs are those of the makers, none of
+ours.
 """
 
 import multiprocessing as mp
@@ -12,7 +14,9 @@ import socket
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -30,6 +34,8 @@ from pipelines.shards import ShardReader
 from tests.pipelines.loops import make_shards
 
 NAME, ROWS_A_WORKER, STEPS, ROUNDS = "rotation_trick", 32, 40, 7
+LARGER_ROWS = 128
+"""Rows a worker of a second comparison: the longer a step, the smaller what its reduces cost."""
 BYTES = 8
 """Of a number in the codebooks' reduce: float64. Gradients are reduced in float32."""
 
@@ -53,7 +59,7 @@ def predicted(link: Link, workers: int, compute: float, codes: int, dim: int, we
     """(seconds a step, share of it that is all-reduce) of `workers` with the same rows each.
 
     Args:
-        compute: seconds a step of one worker alone.
+        compute: seconds a step of the worker that is slowest in it, alone.
         codes, dim: K and D of the codebook, whose counts and sums are reduced as K (D + 1) float64.
         weights: numbers in the network, whose gradients are reduced as float32.
     """
@@ -65,12 +71,15 @@ def run(quick: bool = False) -> None:
     steps, rounds = (8, 1) if quick else (STEPS, ROUNDS)
     with tempfile.TemporaryDirectory() as scratch:
         shards = make_shards(Path(scratch) / "shards", rows=1152, side=64)
-        alone: dict[int, float] = {}
-        for workers in (2,) if quick else (2, 4):
-            alone[workers] = _against_copies(_spec(shards, scratch, workers, steps), workers, rounds)
+        groups = (2,) if quick else (2, 4)
+        for workers in groups:
+            _against_copies(_spec(shards, scratch, workers, steps), workers, rounds)
+        if not quick:
+            larger = _spec(shards, scratch, 2, steps // 2, batch_size=2 * LARGER_ROWS)
+            _against_copies(replace(larger, out=f"{scratch}/larger"), 2, rounds)
         link = _loopback(quick)
         print(f"loopback: {link.bytes_per_second / 2**20:.0f} MiB/s, {1e6 * link.latency:.0f} us a hop")
-        _check_model(shards, scratch, link, alone, steps, rounds)
+        _check_model(shards, scratch, link, groups, steps, rounds)
         if not quick:
             _against_ray(shards, scratch, steps, rounds=3)
     _project()
@@ -78,32 +87,55 @@ def run(quick: bool = False) -> None:
 
 def _spec(shards: str, scratch: str, workers: int, steps: int, **settings: Any) -> RunSpec:
     found = recipe.load(NAME)
-    chosen = {**found.presets["small"], "batch_size": ROWS_A_WORKER * workers, "steps": steps, **settings}
+    # k-means++ of 65,536 codes takes minutes here, and no step.
+    fixed = {"batch_size": ROWS_A_WORKER * workers, "steps": steps, "seeding": "random_rows"}
+    chosen = {**found.presets["small"], **fixed, **settings}
     resolved = found.resolve(found.Settings.model_validate(chosen), columns_of(ShardReader(shards).manifest))
     values = resolved.model_dump(mode="json")
     return RunSpec(NAME, values, shards, 0, resolved.batch_size, f"{scratch}/run", checkpoint_every=10**6)
 
 
-def _against_copies(spec: RunSpec, workers: int, rounds: int) -> float:
-    """Print the ratio of `workers` copies to one group, and the parts of its step. Seconds a step of a copy."""
-    sides = _timed(spec, workers, rounds)
-    copies, group = ([round_["seconds"] for round_ in side] for side in sides)
-    ratios = [a / b for a, b in zip(copies, group, strict=True)]
-    steps = spec.settings["steps"] - 1
-    shares = {part: statistics.median(round_[part] for round_ in sides[1]) for part in ("data", "reduce")}
-    each = 1e3 * statistics.median(group) / steps
+def _against_copies(spec: RunSpec, workers: int, rounds: int) -> None:
+    """Print the ratio of one group to `workers` copies, and the parts of its step."""
+    timed = _timed(spec, workers, rounds)
+    ratios = [round_.group_rate() / round_.copies_rate() for round_ in timed]
+    waiting = statistics.median(round_.in_step_rate() / round_.copies_rate() for round_ in timed)
+    shares = {part: statistics.median(round_.shares[part] for round_ in timed) for part in ("data", "reduce")}
+    each = 1e3 * statistics.median(workers / round_.group_rate() for round_ in timed)
     parts = ", ".join(f"{part} {each * share:.1f}" for part, share in shares.items())
+    rows = spec.settings["batch_size"] // workers
+    spread = f"{min(ratios):.3f} to {max(ratios):.3f} in {rounds} rounds"
     print(
-        f"{workers} workers: {statistics.median(ratios):.3f} of {workers} copies ({min(ratios):.3f} to"
-        f" {max(ratios):.3f} in {rounds} rounds; the bar of two is 0.9); a step {each:.1f} ms: {parts},"
-        f" compute {each * (1 - sum(shares.values())):.1f}",
+        f"{workers} workers of {rows} rows: {statistics.median(ratios):.3f} of {workers} copies ({spread}; the bar of"
+        f" two is 0.9; waiting for the slowest alone leaves {waiting:.3f}); a step {each:.1f} ms: {parts}, compute"
+        f" {each * (1 - sum(shares.values())):.1f}",
         flush=True,
     )
-    return statistics.median(copies) / steps
 
 
-def _timed(spec: RunSpec, workers: int, rounds: int) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """(rounds of copies, rounds of the group): rank 0's seconds and shares of parts."""
+@dataclass(frozen=True)
+class Round:
+    """One turn of both sides."""
+
+    copies: list[list[float]]
+    """Seconds of every step of every copy."""
+    group: list[float]
+    shares: dict[str, float]
+    """Of the group's step: data, reduce."""
+
+    def copies_rate(self) -> float:
+        """Steps a second of all copies together."""
+        return sum(len(steps) / sum(steps) for steps in self.copies)
+
+    def group_rate(self) -> float:
+        return len(self.copies) * len(self.group) / sum(self.group)
+
+    def in_step_rate(self) -> float:
+        """Of copies that wait for each other after every step, at no other cost."""
+        return len(self.copies) * len(self.group) / sum(max(together) for together in zip(*self.copies, strict=True))
+
+
+def _timed(spec: RunSpec, workers: int, rounds: int) -> list[Round]:
     context = mp.get_context("spawn")
     barrier, answers = context.Barrier(workers), context.Queue()
     with socket.socket() as probe:
@@ -115,10 +147,12 @@ def _timed(spec: RunSpec, workers: int, rounds: int) -> tuple[list[dict[str, flo
     ]
     for process in processes:
         process.start()
-    found = answers.get(timeout=3600)
+    found = dict(answers.get(timeout=3600) for _ in processes)
     for process in processes:
         process.join()
-    return found
+    return [
+        Round([found[rank][number][0] for rank in range(workers)], *found[0][number][1:]) for number in range(rounds)
+    ]
 
 
 def _worker(
@@ -126,22 +160,21 @@ def _worker(
 ) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    copies, group = [], []
+    found = []
     for number in range(rounds):
         barrier.wait()
-        alone = {**spec.settings, "batch_size": ROWS_A_WORKER}
+        each = spec.settings["batch_size"] // workers
         out = f"{spec.out}-alone-{rank}-of-{workers}-{number}"
-        copies.append(_seconds(replace(spec, settings=alone, lanes=ROWS_A_WORKER, out=out)))
+        copies, _ = _steps(replace(spec, settings={**spec.settings, "batch_size": each}, lanes=each, out=out))
         barrier.wait()
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
-        group.append(_seconds(replace(spec, out=f"{spec.out}-{workers}-{number}")))
+        found.append((copies, *_steps(replace(spec, out=f"{spec.out}-{workers}-{number}"))))
         dist.destroy_process_group()
-    if rank == 0:
-        answers.put((copies, group))
+    answers.put((rank, found))
 
 
-def _seconds(spec: RunSpec) -> dict[str, float]:
-    """From the first step's end to the last's, and the shares of parts; nothing where another worker has the word."""
+def _steps(spec: RunSpec) -> tuple[list[float], dict[str, float]]:
+    """Seconds of every step but the first, and the shares of parts; nothing where another worker has the word."""
     times: list[float] = []
     shares: dict[str, float] = {}
 
@@ -152,7 +185,7 @@ def _seconds(spec: RunSpec) -> dict[str, float]:
             shares.update({part: event["metrics"][f"speed/{part}_share"] for part in ("data", "reduce")})
 
     loop.train(spec, Feed(ShardReader(spec.shards)), torch.device("cpu"), tell)
-    return {"seconds": times[-1] - times[0], **shares} if times else {}
+    return [after - before for before, after in pairwise(times)], shares
 
 
 def _loopback(quick: bool) -> Link:
@@ -195,21 +228,24 @@ def _reduce(rank: int, port: int, rounds: int, answers: "Queue[Any]") -> None:
         answers.put(tuple(found))
 
 
-def _check_model(shards: str, scratch: str, link: Link, alone: dict[int, float], steps: int, rounds: int) -> None:
-    """The model's step beside the measured one, for a small and a large codebook."""
+def _check_model(shards: str, scratch: str, link: Link, workers_of: Sequence[int], steps: int, rounds: int) -> None:
+    """The model's step beside the measured one, for a small and a large codebook. Waiting counts as reduce in both."""
     print(f"{'workers':>8}{'K':>8}{'D':>6}{'predicted ms':>14}{'measured ms':>13}{'its reduce':>12}{'measured':>10}")
-    for workers in alone:
+    for workers in workers_of:
         for codes, dim in SHAPES:
-            spec = _spec(shards, scratch, workers, steps, num_codes=codes, code_dim=dim)
-            spec = replace(spec, out=f"{spec.out}-{codes}")
-            copies, group = _timed(spec, workers, max(1, rounds // 2))
+            # A step over 65,536 codes takes seconds here.
+            spec = _spec(
+                shards, scratch, workers, steps if codes < 10_000 else max(3, steps // 5), num_codes=codes, code_dim=dim
+            )
+            timed = _timed(replace(spec, out=f"{spec.out}-{codes}"), workers, max(1, rounds // 2))
             found = recipe.load(NAME)
             model = found.stages(found.Settings(**spec.settings))[0].build(found.Settings(**spec.settings), None)
             weights = sum(p.numel() for p in model.parameters())
-            each = statistics.median(round_["seconds"] for round_ in copies) / (steps - 1)
-            step, share = predicted(link, workers, each, codes, dim, weights)
-            measured = statistics.median(round_["seconds"] for round_ in group) / (steps - 1)
-            reduce = statistics.median(round_["reduce"] for round_ in group)
+            each = statistics.median(workers / round_.in_step_rate() for round_ in timed)
+            step, _ = predicted(link, workers, each, codes, dim, weights)
+            share = 1 - statistics.median(workers / round_.copies_rate() for round_ in timed) / step
+            measured = statistics.median(workers / round_.group_rate() for round_ in timed)
+            reduce = statistics.median(round_.shares["reduce"] for round_ in timed)
             said = f"{workers:>8}{codes:>8}{dim:>6}{1e3 * step:>14.1f}{1e3 * measured:>13.1f}"
             print(f"{said}{share:>12.3f}{reduce:>10.3f}", flush=True)
 
@@ -226,7 +262,7 @@ def _against_ray(shards: str, scratch: str, steps: int, rounds: int) -> None:
         plain = replace(spec, out=f"{spec.out}-plain-{number}")
         _timed(plain, 2, 1)
         out = f"{spec.out}-ray-{number}"
-        overrides = {"batch_size": spec.settings["batch_size"], "steps": 3 * steps}
+        overrides = {name: spec.settings[name] for name in ("batch_size", "steps", "seeding")}
         began = time.perf_counter()
         train.train(Request(NAME, shards, out, preset="small", overrides=overrides, workers=2, checkpoint_every=steps))
         starts.append(time.perf_counter() - began - Checkpoints(out).totals()["seconds"])
