@@ -70,6 +70,12 @@ class Mailbox:
             await asyncio.wait_for(self.saved.wait(), seconds)
 
 
+def mailbox_here() -> Any:
+    """A mailbox on the caller's node: where Ray likes, it would be lost with a node that the run outlives."""
+    node = ray.get_runtime_context().get_node_id()
+    return Mailbox.options(label_selector={"ray.io/node-id": node}).remote()  # type: ignore[attr-defined]
+
+
 class Outbox:
     """A worker's end of the mailbox: batches events, and of progress keeps only the newest."""
 

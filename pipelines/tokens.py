@@ -29,23 +29,30 @@ def find() -> Token | None:
     """The token of this environment, in Ray's own order: RAY_AUTH_TOKEN, the file at RAY_AUTH_TOKEN_PATH, DEFAULT.
 
     Raises:
-        Refused: RAY_AUTH_TOKEN_PATH names no file that can be read, or an empty one.
+        Refused: RAY_AUTH_TOKEN_PATH names no file that can be read, or an empty one; or what was found is no token.
     """
     if value := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return Token(value, "RAY_AUTH_TOKEN")
+        return _checked(value, "RAY_AUTH_TOKEN")
     if named := os.environ.get("RAY_AUTH_TOKEN_PATH"):
         try:
-            value = Path(named).expanduser().read_text(encoding="utf-8").strip()
+            value = Path(named).expanduser().read_text(encoding="utf-8", errors="replace").strip()
         except OSError as error:
             raise Refused(f"RAY_AUTH_TOKEN_PATH={named} cannot be read: {error.strerror}.") from None
         if not value:
             raise Refused(f"RAY_AUTH_TOKEN_PATH={named} is an empty file; it should hold the cluster's token.")
-        return Token(value, f"the file at RAY_AUTH_TOKEN_PATH={named}")
+        return _checked(value, f"the file at RAY_AUTH_TOKEN_PATH={named}")
     try:
-        value = DEFAULT.expanduser().read_text(encoding="utf-8").strip()
+        value = DEFAULT.expanduser().read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
-    return Token(value, f"the file {DEFAULT}") if value else None
+    return _checked(value, f"the file {DEFAULT}") if value else None
+
+
+def _checked(value: str, source: str) -> Token:
+    """A token goes into a header: one word of printable ASCII."""
+    if not (value.isascii() and value.isprintable()) or " " in value:
+        raise Refused(f"{source} does not hold a token: it has {len(value)} characters that are not one plain word.")
+    return Token(value, source)
 
 
 def seal(variables: Mapping[str, str], token: Token) -> str:

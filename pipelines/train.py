@@ -12,7 +12,7 @@ from pipelines import cluster, storage, tracking
 from pipelines.claims import claim
 from pipelines.group import carry_out_on_workers, check_room
 from pipelines.loop import Stopped
-from pipelines.mailbox import Listener, Mailbox
+from pipelines.mailbox import Listener, mailbox_here
 from pipelines.request import RUN_FILE, Prepared, Request, prepare
 
 RUN = "vqray-run"
@@ -63,7 +63,7 @@ def train(request: Request) -> Outcome:
     storage.write_json_atomic(storage.join(out, "tracking.json"), {"run_id": run.id})
     try:
         # Made here and not by the workers: it outlives them all.
-        mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+        mailbox = mailbox_here()
         with Listener(mailbox, run) as listener, _stopping_on_sigterm(listener):
             carry_out_on_workers(request, prepared, mailbox)
     except Stopped:

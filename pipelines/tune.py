@@ -24,7 +24,7 @@ from pipelines import cluster, group, search_report, storage, tracking, trial_ru
 from pipelines.champion import Conclusion, conclude
 from pipelines.claims import claim
 from pipelines.errors import Failed
-from pipelines.mailbox import Mailbox, Outbox
+from pipelines.mailbox import Outbox, mailbox_here
 from pipelines.request import Prepared, Request
 from pipelines.search_log import SearchLog
 from pipelines.search_plan import REDUCTION, Plan, Search
@@ -178,7 +178,7 @@ def _schedule(session: Session, slots: int, run: tracking.Run) -> None:
     """Let Tune run what is left, `slots` trials at a time."""
     plan, request = session.plan, session.plan.request
     _quiet_tune()
-    mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+    mailbox = mailbox_here()
     body = tune.with_parameters(
         _trial,
         out=plan.out,
@@ -234,7 +234,7 @@ def _trial(config: dict[str, Any], *, out: str, common: dict[str, Any], mailbox:
     outbox.tell({"kind": "begin"})
 
     def on_workers(request: Request, prepared: Prepared, tell: Any) -> None:
-        own = Mailbox.remote()  # type: ignore[attr-defined]
+        own = mailbox_here()
         group.carry_out_on_workers(request, prepared, own, mailbox, trial=proposal.number)
 
     def rung(step: int, metrics: dict[str, float]) -> None:

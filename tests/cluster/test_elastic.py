@@ -33,6 +33,7 @@ DRIVER = """
     import ray
     from ray.cluster_utils import Cluster
     from pipelines import group, train
+    from pipelines.mailbox import mailbox_here
     from tests.cluster import recorded
 
     words = json.loads(sys.argv[1])
@@ -43,6 +44,10 @@ DRIVER = """
                                                             "object_store_memory": 10**8})
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(words["nodes"])]
     ray.init(address=cluster.address, log_to_driver=False)
+    here = ray.get_runtime_context().get_node_id()
+    where = lambda mailbox: ray.get(
+        mailbox.__ray_call__.remote(lambda it: ray.get_runtime_context().get_node_id()))
+    assert {where(mailbox_here()) for _ in range(6)} == {here}, "a mailbox must not be lost with another node"
     run = threading.Thread(target=train.train, args=(Request(**words["request"]),))
     run.start()
     while recorded.newest_step(words["out"]) < words["at"]:

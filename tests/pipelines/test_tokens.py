@@ -40,28 +40,31 @@ def test_a_path_that_leads_nowhere_or_to_nothing_is_refused(bare, monkeypatch):
     (bare / "none").write_text("\n")
     with pytest.raises(Refused, match="is an empty file"):
         tokens.find()
+    (bare / "none").write_bytes(b"a page\r\nof text \xff")
+    with pytest.raises(Refused, match=r"none does not hold a token: it has \d+ characters that are not one plain word"):
+        tokens.find()
 
 
 def test_variables_come_out_as_they_went_in_and_say_nothing_on_the_way(bare, monkeypatch):
-    sealed = tokens.seal(VALUES, Token("the token", "somewhere"))
+    sealed = tokens.seal(VALUES, Token("the-token", "somewhere"))
     assert not any(word in sealed for word in ("hush", "AWS", "token"))
-    assert sealed != tokens.seal(VALUES, Token("the token", "somewhere"))
+    assert sealed != tokens.seal(VALUES, Token("the-token", "somewhere"))
     monkeypatch.setenv(tokens.SEALED, sealed)
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "the token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "the-token")
     for name in VALUES:
         monkeypatch.setenv(name, "overruled")
     tokens.open_environment()
     assert {name: os.environ[name] for name in VALUES} == VALUES
 
 
-@pytest.mark.parametrize("token", [None, "another token"])
+@pytest.mark.parametrize("token", [None, "another-token"])
 def test_a_node_with_another_token_says_so(bare, monkeypatch, token):
-    monkeypatch.setenv(tokens.SEALED, tokens.seal(VALUES, Token("the token", "somewhere")))
+    monkeypatch.setenv(tokens.SEALED, tokens.seal(VALUES, Token("the-token", "somewhere")))
     if token is not None:
         monkeypatch.setenv("RAY_AUTH_TOKEN", token)
     with pytest.raises(Failed, match=r"this node's token .* is another\.") as error:
         tokens.open_environment()
-    assert "another token" not in str(error.value).replace("is another", "")
+    assert "another-token" not in str(error.value).replace("is another", "")
     assert "PLAIN" not in os.environ
 
 
