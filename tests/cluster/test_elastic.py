@@ -34,6 +34,7 @@ DRIVER = """
     from ray.cluster_utils import Cluster
     from pipelines import group, train
     from pipelines.mailbox import mailbox_here
+    from pipelines.request import Request
     from tests.cluster import recorded
 
     words = json.loads(sys.argv[1])
