@@ -10,6 +10,7 @@ tried twice overwrites its own files with the same bytes.
 import json
 import logging
 import sys
+import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from pipelines import cluster, storage
 from pipelines.errors import Failed, Refused
+from pipelines.manifest import record_uri
 
 TRIES = 4
 """How often a run begins a part. Ray Data begins it again whenever its worker dies, for ever: a file that kills who
@@ -56,7 +58,9 @@ def run_parts(
     setup: partial[Any] | None = None,
     actors: bool = False,
     gpus: float = 0,
+    at_once: int | None = None,
     check: Callable[[Record], None] | None = None,
+    halt: "Halt | None" = None,
 ) -> list[Record]:
     """Do every part that has no record below `out`/parts yet; all records, in part order.
 
@@ -67,9 +71,12 @@ def run_parts(
             not depend on how many CPUs there are.
         actors: parts run in actors of their own, one a CPU.
         gpus: CUDA devices of an actor.
+        at_once: most parts at one time, a CPU each; default as many as the cluster has CPUs free.
         check: sees every record, found or new, and may raise to stop the run.
+        halt: ends the run from another thread.
 
     Raises:
+        Halted: by `halt`.
         Refused, Failed: as raised by `work` or `setup`, with their own message. What finished parts made is kept.
     """
     records = _recorded(out, len(parts))
@@ -90,7 +97,7 @@ def run_parts(
     )
     task = _Task(work, setup, out, uuid.uuid4().hex)
     with bar:
-        for number, record in _finished({n: parts[n] for n in missing}, task, actors, gpus):
+        for number, record in _finished({n: parts[n] for n in missing}, task, actors, gpus, at_once, halt or Halt()):
             records[number] = record
             bar.update(parts[number].units)
             if check:
@@ -98,8 +105,42 @@ def run_parts(
     return [records[number] for number in range(len(parts))]
 
 
-def record_uri(out: str, part: int) -> str:
-    return storage.join(out, "parts", f"part-{part:05d}.json")
+class Halted(Failed):
+    """A run of parts was ended from outside."""
+
+
+class Halt:
+    """Ends a run of parts from another thread: what is being made is given up, finished parts are kept."""
+
+    def __init__(self) -> None:
+        self.wished = threading.Event()
+        self._results: Any = None
+
+    def now(self) -> None:
+        self.wished.set()
+        # The thread that waits for the next part cannot be woken otherwise, and a part may take minutes.
+        executor = getattr(self._results, "_current_executor", None)
+        if executor is not None:
+            executor.shutdown(force=True)
+
+    def rows(self, results: Any) -> Iterator[dict[str, Any]]:
+        """The rows of a dataset, until the halt."""
+        self._results = results
+        try:
+            if not self.wished.is_set():
+                yield from results.iter_rows()
+        except Exception as error:
+            # Whatever a dataset says whose execution was taken away.
+            if not self.wished.is_set():
+                raise
+            raise Halted(HALTED) from error
+        finally:
+            self._results = None
+        if self.wished.is_set():
+            raise Halted(HALTED)
+
+
+HALTED = "it was stopped from outside. Finished parts are kept; run this again to go on."
 
 
 class _Task:
@@ -154,7 +195,9 @@ def _kept(setup: partial[Any]) -> Any:
     return _STATES[name]
 
 
-def _finished(todo: Mapping[int, Part], task: _Task, actors: bool, gpus: float) -> Iterator[tuple[int, Record]]:
+def _finished(
+    todo: Mapping[int, Part], task: _Task, actors: bool, gpus: float, at_once: int | None, halt: Halt
+) -> Iterator[tuple[int, Record]]:
     """Records as their parts finish, in any order."""
     if not todo:
         return
@@ -165,13 +208,14 @@ def _finished(todo: Mapping[int, Part], task: _Task, actors: bool, gpus: float) 
         # One block a part: a block is Ray Data's unit of scheduling and of retry.
         blocks = ray.data.from_items(items, override_num_blocks=len(items))
         if not actors:
-            results = blocks.map(task, num_cpus=1)
+            results = blocks.map(task, num_cpus=1, compute=ray.data.TaskPoolStrategy(at_once))
         else:
             # One part at a time: a second one would wait behind it while another actor has nothing to do.
+            most = min(len(items), at_once or len(items))
             pool = ray.data.ActorPoolStrategy(
                 min_size=1,
-                max_size=len(items),
-                initial_size=min(len(items), max(1, cluster.cpus())),
+                max_size=most,
+                initial_size=min(most, max(1, cluster.cpus())),
                 max_tasks_in_flight_per_actor=1,
             )
             results = blocks.map(
@@ -182,7 +226,7 @@ def _finished(todo: Mapping[int, Part], task: _Task, actors: bool, gpus: float) 
                 num_gpus=gpus or None,
             )
         try:
-            for row in results.iter_rows():
+            for row in halt.rows(results):
                 if row["error"]:
                     raise _raised(row["error"], row["text"])
                 yield int(row["part"]), json.loads(row["text"])
