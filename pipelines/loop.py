@@ -81,6 +81,11 @@ class Session:
     say: Callable[[Event], None]
     wish: Callable[[], Wish]
 
+    def asked(self) -> Wish:
+        """What is wished while a worker waits; what has become of checkpoints is said meanwhile too."""
+        self.writer.poll()
+        return self.wish()
+
 
 def train(
     spec: RunSpec,
@@ -209,7 +214,7 @@ class _Saves:
 def _wait(step: int, source: Source | StreamSource, saves: _Saves) -> None:
     """Until the rows of a step are there. What is asked for meanwhile is done with the state of the steps before it."""
     try:
-        while (wish := source.wait(step, saves.session.wish)) != Wish.NOTHING:
+        while (wish := source.wait(step, saves.session.asked)) != Wish.NOTHING:
             saves.write(step, source.state())
             if wish == Wish.STOP:
                 saves.stop(step)
@@ -229,7 +234,7 @@ def _begin(trainee: Trainee, session: Session, source: Source | StreamSource, sa
         session.say({"kind": "log", "text": warm.start(trainee.model, spec.warm_from)})
     elif stage.seed is not None:
         session.places.here = f"the reading of rows to seed stage {stage.name!r}"
-        while (wish := source.wait(0, session.wish)) != Wish.NOTHING:
+        while (wish := source.wait(0, session.asked)) != Wish.NOTHING:
             # Nothing is learned yet, so there is nothing to save.
             if wish == Wish.STOP:
                 raise Stopped(
