@@ -14,8 +14,9 @@ from pipelines.errors import Failed, Refused
 from pipelines.ingest_request import Asked
 from pipelines.parts import Halt
 
-AHEAD = 4
-"""Parts that are made beyond the one that is read, where used ones are deleted: what the disk has to hold."""
+AHEAD, MORE_AHEAD = 2, 2
+"""Parts that are made beyond the one that is read, where used ones are deleted, and as many more for each process that
+makes them: what the disk has to hold."""
 LAST_WAIT = 30.0
 """Seconds that a halted ingest has for its end."""
 
@@ -70,7 +71,7 @@ class Alongside:
         if self.asked is None:
             return
         try:
-            ahead = max(AHEAD, 2 * self._at_once) if self.deletes else None
+            ahead = AHEAD + MORE_AHEAD * self._at_once if self.deletes else None
             ingest.carry_out(self.asked, at_once=self._at_once, ahead=ahead, halt=self._halt)
         except (Failed, Refused) as error:
             reason = str(error)

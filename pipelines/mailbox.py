@@ -189,13 +189,16 @@ class Listener:
 
     def _wait(self, text: str) -> None:
         """Said again and again while it lasts: in the bar, or once where there is none yet."""
+        if text == self.waited_for:
+            return
+        self.waited_for = text
         if self.bar is not None:
             self.bar.set_postfix_str(text)
-        elif text != self.waited_for:
+        else:
             self._say(text)
-        self.waited_for = text
 
     def _show(self, event: Event) -> None:
+        self.waited_for = ""
         name = f"train {event['stage']}"
         if self.bar is None or self.bar.desc != name:
             if self.bar is not None:

@@ -250,7 +250,9 @@ def test_a_part_is_deleted_when_the_older_checkpoint_lies_past_it_and_not_before
         trained(spec, tell)
     assert deleted == sorted(deleted)
     assert deleted[-1] >= 2
-    with pytest.raises(Refused, match=rf"shard-00000-000\.arrow of {home} was deleted after use by the streamed run in"):
+    with pytest.raises(
+        Refused, match=rf"shard-00000-000\.arrow of {home} was deleted after use by the streamed run in"
+    ):
         ShardReader(home)
     shards._checked.clear()
 
