@@ -7,15 +7,16 @@ A record is the last thing a part writes, so an interrupted run redoes only the 
 tried twice overwrites its own files with the same bytes.
 """
 
+import gc
 import json
 import logging
 import sys
 import threading
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -96,12 +97,18 @@ def run_parts(
         disable=not missing,
     )
     task = _Task(work, setup, out, uuid.uuid4().hex)
-    with bar:
-        for number, record in _finished({n: parts[n] for n in missing}, task, actors, gpus, at_once, halt or Halt()):
-            records[number] = record
-            bar.update(parts[number].units)
-            if check:
-                check(record)
+    finished = _finished({n: parts[n] for n in missing}, task, actors, gpus, at_once, halt or Halt())
+    try:
+        with bar, closing(finished):
+            for number, record in finished:
+                records[number] = record
+                bar.update(parts[number].units)
+                if check:
+                    check(record)
+    finally:
+        if actors:
+            # Ray Data leaves its actors, and their CPUs, to reference counts, and holds them in cycles.
+            gc.collect()
     return [records[number] for number in range(len(parts))]
 
 
@@ -119,11 +126,9 @@ class Halt:
     def now(self) -> None:
         self.wished.set()
         # The thread that waits for the next part cannot be woken otherwise, and a part may take minutes.
-        executor = getattr(self._results, "_current_executor", None)
-        if executor is not None:
-            executor.shutdown(force=True)
+        self._end()
 
-    def rows(self, results: Any) -> Iterator[dict[str, Any]]:
+    def rows(self, results: Any) -> Generator[dict[str, Any], None, None]:
         """The rows of a dataset, until the halt."""
         self._results = results
         try:
@@ -135,9 +140,16 @@ class Halt:
                 raise
             raise Halted(HALTED) from error
         finally:
+            # Also where a caller had enough: what it left undone would go on and keep its CPUs.
+            self._end()
             self._results = None
         if self.wished.is_set():
             raise Halted(HALTED)
+
+    def _end(self) -> None:
+        executor = getattr(self._results, "_current_executor", None)
+        if executor is not None:
+            executor.shutdown(force=True)
 
 
 HALTED = "it was stopped from outside. Finished parts are kept; run this again to go on."
@@ -197,7 +209,7 @@ def _kept(setup: partial[Any]) -> Any:
 
 def _finished(
     todo: Mapping[int, Part], task: _Task, actors: bool, gpus: float, at_once: int | None, halt: Halt
-) -> Iterator[tuple[int, Record]]:
+) -> Generator[tuple[int, Record], None, None]:
     """Records as their parts finish, in any order."""
     if not todo:
         return
@@ -226,10 +238,11 @@ def _finished(
                 num_gpus=gpus or None,
             )
         try:
-            for row in halt.rows(results):
-                if row["error"]:
-                    raise _raised(row["error"], row["text"])
-                yield int(row["part"]), json.loads(row["text"])
+            with closing(halt.rows(results)) as rows:
+                for row in rows:
+                    if row["error"]:
+                        raise _raised(row["error"], row["text"])
+                    yield int(row["part"]), json.loads(row["text"])
         except ray.exceptions.RayError as error:
             # What Ray does not do again by itself.
             raise Failed(f"a worker was lost: {error}. Finished parts are kept; run this again to go on.") from error

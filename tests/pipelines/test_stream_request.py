@@ -149,7 +149,9 @@ def test_a_part_begins_when_there_is_room_for_it(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(used, "POLL", 0.01)
     shards, begun = str(tmp_path), []
     threads = [
-        threading.Thread(target=used.after_room, args=(shards, 2, lambda part, _: begun.append(part), part, None))
+        threading.Thread(
+            target=used.after_room, args=(shards, 2, lambda part, _: begun.append(part), part, None), daemon=True
+        )
         for part in range(6)
     ]
     for thread in threads:
