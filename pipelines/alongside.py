@@ -1,6 +1,7 @@
 """The ingest of a streamed run: on a thread of the driver beside the workers, held back and tidied up behind them."""
 
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from itertools import accumulate
@@ -45,8 +46,10 @@ class Alongside:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._halt.now()
-        self._thread.join(LAST_WAIT)
+        until = time.monotonic() + LAST_WAIT
+        while self._thread.is_alive() and time.monotonic() < until:
+            self._halt.now()
+            self._thread.join(0.5)
 
     def join(self) -> None:
         """Wait for its end: it has said what it made, and nothing is written any more."""

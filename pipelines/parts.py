@@ -84,7 +84,7 @@ def run_parts(
     for record in records.values():
         if check:
             check(record)
-    missing = [number for number in range(len(parts)) if number not in records]
+    missing = {number: part for number, part in enumerate(parts) if number not in records}
     if missing:
         cluster.connect()
         cluster.require_free_cpu(gpus=gpus)
@@ -97,18 +97,13 @@ def run_parts(
         disable=not missing,
     )
     task = _Task(work, setup, out, uuid.uuid4().hex)
-    finished = _finished({n: parts[n] for n in missing}, task, actors, gpus, at_once, halt or Halt())
-    try:
-        with bar, closing(finished):
-            for number, record in finished:
-                records[number] = record
-                bar.update(parts[number].units)
-                if check:
-                    check(record)
-    finally:
-        if actors:
-            # Ray Data leaves its actors, and their CPUs, to reference counts, and holds them in cycles.
-            gc.collect()
+    finished = _finished(missing, task, actors, gpus, at_once, halt or Halt())
+    with bar, closing(finished):
+        for number, record in finished:
+            records[number] = record
+            bar.update(parts[number].units)
+            if check:
+                check(record)
     return [records[number] for number in range(len(parts))]
 
 
@@ -121,16 +116,25 @@ class Halt:
 
     def __init__(self) -> None:
         self.wished = threading.Event()
-        self._results: Any = None
+        self._executor: Any = None
 
     def now(self) -> None:
+        """Ask for the end. Asked for while the run is being started, it may have to be asked for again."""
         self.wished.set()
-        # The thread that waits for the next part cannot be woken otherwise, and a part may take minutes.
-        self._end()
+        if self._executor is not None:
+            self._executor.shutdown(force=True)
 
     def rows(self, results: Any) -> Generator[dict[str, Any], None, None]:
         """The rows of a dataset, until the halt."""
-        self._results = results
+        create = results._create_executor
+
+        def kept() -> Any:
+            self._executor = create()
+            return self._executor
+
+        # The thread that waits for a part cannot be woken otherwise, and a part may take minutes. The dataset itself
+        # tells nobody of its executor before there is a first row.
+        results._create_executor = kept
         try:
             if not self.wished.is_set():
                 yield from results.iter_rows()
@@ -141,15 +145,12 @@ class Halt:
             raise Halted(HALTED) from error
         finally:
             # Also where a caller had enough: what it left undone would go on and keep its CPUs.
-            self._end()
-            self._results = None
+            if self._executor is not None:
+                self._executor.shutdown(force=True)
+            self._executor = None
+            del results._create_executor
         if self.wished.is_set():
             raise Halted(HALTED)
-
-    def _end(self) -> None:
-        executor = getattr(self._results, "_current_executor", None)
-        if executor is not None:
-            executor.shutdown(force=True)
 
 
 HALTED = "it was stopped from outside. Finished parts are kept; run this again to go on."
@@ -246,6 +247,10 @@ def _finished(
         except ray.exceptions.RayError as error:
             # What Ray does not do again by itself.
             raise Failed(f"a worker was lost: {error}. Finished parts are kept; run this again to go on.") from error
+        finally:
+            # Ray Data leaves its actors, and their CPUs, to reference counts, and holds them in cycles.
+            del blocks, results
+            gc.collect()
 
 
 def _raised(error: str, text: str) -> Refused | Failed:

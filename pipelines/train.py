@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipelines import cluster, storage, tracking
-from pipelines.alongside import Alongside
+from pipelines.alongside import Alongside, delete_used
 from pipelines.claims import claim
 from pipelines.group import carry_out_on_workers, check_room
 from pipelines.ingest_request import REQUEST, Asked
@@ -47,6 +47,9 @@ def train(request: Request) -> Outcome:
     if storage.exists(storage.join(out, RUN_FILE)):
         claim_run(prepared)
         if has_bundle(out):
+            if prepared.spec.stream and prepared.spec.stream["once"]:
+                # The driver may have died between the bundle and this.
+                delete_used(prepared.spec.shards, out)
             return _finished(out)
     cluster.connect()
     cluster.require_shared(out, request.shards, *(asked.sources if asked else ()), tracked=True)
@@ -81,7 +84,7 @@ def _carry_out(request: Request, prepared: Prepared, run: tracking.Run, room: in
     spec = prepared.spec
     # Made here and not by the workers: it outlives them all.
     mailbox = Mailbox.remote()  # type: ignore[attr-defined]
-    if request.stream is None:
+    if spec.stream is None:
         with Listener(mailbox, run) as listener, _stopping_on_sigterm(listener):
             carry_out_on_workers(request, prepared, mailbox)
         return
@@ -90,9 +93,8 @@ def _carry_out(request: Request, prepared: Prepared, run: tracking.Run, room: in
         mailbox.fail.remote(text)
         mailbox.stop.remote()
 
-    beside = Alongside(
-        prepared.asked, spec.shards, spec.out, deletes=request.stream.delete_used, at_once=room, fail=fail
-    )
+    deletes = spec.stream["once"]
+    beside = Alongside(prepared.asked, spec.shards, spec.out, deletes=deletes, at_once=room, fail=fail)
     with beside, Listener(mailbox, run, also=beside.hear) as listener, _stopping_on_sigterm(listener):
         carry_out_on_workers(request, prepared, mailbox)
         beside.join()
