@@ -1,6 +1,6 @@
 """A streamed run as it was asked for: the ingest that goes on beside it, and what is not possible."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipelines import corpora, storage
@@ -17,7 +17,7 @@ class Streamed:
     """What the user asked for beside the run itself; the fields of an ingest mean what they mean there."""
 
     sources: tuple[str, ...] = ()
-    """None: the shards are finished already, and the run goes through them as through a stream."""
+    """Empty: the shards are finished already, and the run goes through them as through a stream."""
     corpus: str | None = None
     """None: the first kind that the recipe trains on."""
     preparation: dict[str, Any] = field(default_factory=dict)
@@ -70,8 +70,8 @@ def check_stream(stream: Stream, stages: tuple[Stage, ...], shards: str, out: st
 
 
 def _finished(streamed: Streamed, shards: str) -> Stream:
-    if streamed.corpus is not None or streamed.preparation or streamed.limit is not None:
-        raise Refused("--corpus, --prepare and --limit say how a source is read; give --source too, or leave them out.")
+    if replace(streamed, delete_used=False) != Streamed():
+        raise Refused("it was said how a source is read, and there is none: give --source too, or say nothing of it.")
     if not is_finished(shards):
         begun = storage.exists(storage.join(shards, REQUEST))
         what = "holds an ingest that is not finished: repeat" if begun else "holds no shards: give"

@@ -26,7 +26,7 @@ from pipelines.stream_request import Streamed
 from pipelines.train import train
 from tests.benchmarks import bench_activations as activations
 
-ROUNDS, SECONDS = 5, 40.0
+ROUNDS, SECONDS = 5, 30.0
 """Each side works about so long in a round."""
 BATCH = 512
 

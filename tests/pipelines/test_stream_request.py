@@ -57,7 +57,8 @@ def test_a_run_is_known_before_there_are_shards_and_by_what_its_manifest_follows
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"sources": ()}, r"--corpus, --prepare and --limit say how a source is read; give --source too"),
+        ({"sources": ()}, r"it was said how a source is read, and there is none: give --source too"),
+        ({"sources": (), "corpus": None, "holdout": 0.2}, r"it was said how a source is read"),
         ({"sources": (), "corpus": None}, r"goes through finished shards, and .* holds no shards: give its --source"),
         ({"sources": ("/nowhere",)}, r"/nowhere: it does not exist"),
         ({"preparation": {"dtyp": "float16"}}, r"corpus 'vectors' has no setting 'dtyp'; did you mean 'dtype'"),
