@@ -164,8 +164,8 @@ class StreamSource:
         return {"parts": list(self.walk.steps)}
 
     def wait(self, step: int, wish: Callable[[], Wish]) -> Wish:
-        """Return when the rows of a step are there, or with what a worker wished before they were. All workers call it
-        at the same step and return the same.
+        """Return when the rows of a step are there, or with what a worker wished while it looked for them. All workers
+        call it at the same step and return the same.
 
         Raises:
             Ended: there are no such rows and will not be.
@@ -175,20 +175,23 @@ class StreamSource:
             part = len(self.walk.steps)
             if part != told:
                 self.say({"kind": "part", "part": part})
+                told = part
             verdict, strongest = self._look(part, wish())
             if verdict == "there":
                 source = self._source(part)
                 self.walk.add(source.rows.steps_per_epoch if source else 0)
             elif verdict == "none":
                 self.walk.complete = True
-                self._tell_all(step)
-            elif strongest != Wish.NOTHING:
+                if self.walk.known:
+                    steps = f"{self.walk.known:,} steps in all; {self._asked[2].steps:,} were asked for"
+                    self.say({"kind": "log", "text": f"the stream has {steps}"})
+            # Also where the part is there: a wish is told once.
+            if strongest != Wish.NOTHING:
                 return strongest
-            else:
+            if verdict == "not yet":
                 # At every look: a wish from outside comes with the answer to what is said.
                 self.say({"kind": "waiting", "text": f"waiting for part {part} of the ingest"})
                 time.sleep(POLL)
-            told = part
         return Wish.NOTHING
 
     def at(self, step: int) -> tuple[Batch, int]:
@@ -227,11 +230,6 @@ class StreamSource:
             self._open = part, source
             self.say({"kind": "part", "part": part})
         return self._open[1]
-
-    def _tell_all(self, step: int) -> None:
-        asked, known = self._asked[2].steps, self.walk.known
-        if step and known:
-            self.say({"kind": "log", "text": f"the stream has {known:,} steps in all; {asked:,} were asked for"})
 
 
 def feed_of(spec: Any) -> Feed | StreamFeed:

@@ -218,6 +218,14 @@ def test_a_stop_while_it_waits_keeps_the_steps_made(home: str, tmp_path: Path, m
     assert_same(trained(spec, Showing(growing)), undisturbed)
 
 
+def test_a_wish_is_not_lost_when_it_comes_with_the_part(home: str, tmp_path: Path) -> None:
+    source = open_stream(stream_spec(NAME, home, tmp_path / "run"))
+    wishes = iter([Wish.SAVE])
+    assert source.wait(0, lambda: next(wishes)) == Wish.SAVE
+    assert source.wait(0, nothing) == Wish.NOTHING
+    assert source.at(0)[0].mask.any()
+
+
 def needed(spec: RunSpec, source: StreamSource, step: int) -> set[int]:
     """Parts of the steps from `step` on, one step after another."""
     places = (source.walk.place(one) for one in range(step, source.walk.known))
