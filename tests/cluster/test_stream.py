@@ -12,7 +12,9 @@ import pytest
 
 from pipelines import alongside, corpora, ingest, train
 from pipelines.checkpoint import Checkpoints
+from pipelines.claims import claim
 from pipelines.errors import Failed, Refused
+from pipelines.ingest_request import REQUEST, ask
 from pipelines.loop import RunSpec, Stopped
 from pipelines.manifest import is_finished, load_manifest
 from pipelines.request import Request, prepare
@@ -137,7 +139,8 @@ def test_workers_that_leave_no_cpu_are_refused(source: str, tmp_path: Path) -> N
 
 
 def test_shards_of_another_request_are_refused(source: str, tmp_path: Path) -> None:
-    ingest.ingest("vectors", [source], str(tmp_path / "shards"), settings=settings(), limit=30)
+    asked = ask("vectors", [source], str(tmp_path / "shards"), settings(), 30, 0.05, 0.1)
+    claim(asked.out, REQUEST, asked.request, "an ingest")
     with pytest.raises(Refused, match=r"limit: 30 -> None. Give another --shards, or repeat what it was begun with"):
         train.train(request_for(source, tmp_path))
     assert not (tmp_path / "run").exists()
