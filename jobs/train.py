@@ -6,11 +6,17 @@ the bundle is there. `vqray recipes NAME` lists what --set takes.
 Workers, nodes and this command may die: workers start again from the newest checkpoint by themselves, and after
 anything else the same command goes on from there. SIGTERM writes a checkpoint and ends.
 
+With --stream the shards are made by the same command: an ingest goes on beside the workers, on the CPUs they leave,
+and training takes its parts in their order as they finish. When the steps outlast the parts it begins again with the
+first, unless they are deleted as they are used. The bundle is written when the ingest is done too.
+
 Examples:
   vqray train --recipe rotation_trick --shards shards/ --out runs/cells --workers 2
   vqray train --recipe plain_vq --shards shards/ --out runs/plain --set patch=4 num_codes=512 --seed 1
   vqray train --recipe rotation_trick --shards shards/ --out runs/cells --register cells
   vqray train --recipe rotation_trick --shards s3://b/shards --out s3://b/run --workers 2..8 --gpus-per-worker 1
+  vqray train --recipe clvq_vae --stream --source news --prepare model=models/minilm layers=3,6 \\
+    --shards shards/ --out runs/concepts --delete-used
 """
 
 import argparse
@@ -26,6 +32,7 @@ from pipelines.options import parse_pairs
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", required=True, metavar="R", help="a name from `vqray recipes`")
     add_shards(parser)
+    add_stream(parser)
     parser.add_argument(
         "--out",
         metavar="URI",
@@ -64,6 +71,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--register", metavar="NAME", help="publish the bundle under this name when it is done")
 
 
+def add_stream(parser: argparse.ArgumentParser) -> None:
+    """What `--stream` takes; each means what it means to `vqray ingest`."""
+    group = parser.add_argument_group("streaming", "make the shards and train on their finished parts meanwhile")
+    group.add_argument(
+        "--stream", action="store_true", help="--shards is where they go; without --source, they are finished"
+    )
+    group.add_argument("--corpus", metavar="KIND", help="what the files hold (what the recipe trains on)")
+    group.add_argument("--source", nargs="+", metavar="URI", help="files or directories to read")
+    group.add_argument(
+        "--prepare", nargs="+", metavar="KEY=VALUE", action="extend",
+        help="settings of the corpus kind, as `vqray ingest --set` takes them",
+    )  # fmt: skip
+    group.add_argument("--limit", type=int, metavar="N", help="take N units, spread evenly over the sources")
+    group.add_argument("--holdout", type=float, metavar="F", help="share of groups for valid and for test each (0.1)")
+    group.add_argument("--max-bad-fraction", type=float, metavar="F", help="fail when more than this is bad (0.05)")
+    group.add_argument(
+        "--delete-used", action="store_true", help="delete a part when no checkpoint goes on in it; one pass"
+    )
+
+
+def streamed(arguments: argparse.Namespace) -> Any:
+    """What --stream and the options that go with it ask for; None without them.
+
+    Raises:
+        Refused: one of them without --stream.
+    """
+    names = ("corpus", "source", "prepare", "limit", "holdout", "max_bad_fraction", "delete_used")
+    given = {name: value for name in names if (value := getattr(arguments, name)) not in (None, False)}
+    if not arguments.stream:
+        if given:
+            options = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise Refused(f"{options} given without --stream: it says how shards are made while training goes on.")
+        return None
+    from pipelines.stream_request import Streamed
+
+    return Streamed(
+        sources=tuple(given.pop("source", ())), preparation=parse_pairs(given.pop("prepare", []), "--prepare"), **given
+    )
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     overrides = parse_pairs(arguments.set)
     if arguments.steps is not None:
@@ -94,6 +141,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             patience=arguments.patience,
             hang_after=arguments.hang_after,
             restarts=arguments.restarts,
+            stream=streamed(arguments),
         )
     )
     result = asdict(outcome)

@@ -85,8 +85,13 @@ class Checkpoints:
         complete = self.complete()
         if not complete:
             return {}
-        home = storage.join(self.uri, f"{complete[-1][0]:03d}-{complete[-1][1]:012d}")
-        found: dict[str, Any] = storage.read_json(storage.join(home, "state.json"))["state"]["totals"]
+        found: dict[str, Any] = self.state(*complete[-1])["totals"]
+        return found
+
+    def state(self, stage: int, step: int) -> dict[str, Any]:
+        """The JSON values of one checkpoint, without its tensors."""
+        home = storage.join(self.uri, f"{stage:03d}-{step:012d}")
+        found: dict[str, Any] = storage.read_json(storage.join(home, "state.json"))["state"]
         return found
 
     def newest(self, warn: Callable[[str], None]) -> tuple[int, int] | None:

@@ -1,8 +1,8 @@
 """Rows of a manifest as the batches a recipe sees: the right rows for this worker, checked for non-finite values."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +17,21 @@ from pipelines.manifest import Manifest
 from pipelines.plan import Plan
 from pipelines.recipe import Batch, Grouping, Settings, Stage
 from pipelines.shards import ShardReader
+from pipelines.step import Wish
 from vqcore.reduction import resolve
 
 
-def columns_of(manifest: Manifest) -> dict[str, list[int] | None]:
+class Preparation(Protocol):
+    """What says how rows were prepared, as a manifest does."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+
+def columns_of(manifest: Preparation) -> dict[str, list[int] | None]:
     """Column -> shape of one row as a recipe sees it; None where rows differ in shape."""
     corpus = corpora.load(manifest.kind)
     return corpus.shapes(corpus.Settings.model_validate(manifest.settings))
@@ -57,6 +68,14 @@ class Source:
     rows: Plan | GroupPlan
     double: bool
     device: torch.device
+
+    def wait(self, step: int, wish: Callable[[], Wish]) -> Wish:
+        """Of rows that are all there there is nothing to wait for."""
+        return Wish.NOTHING
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the step: nothing."""
+        return {}
 
     def at(self, step: int) -> tuple[Batch, int]:
         """(batch of a step, its rows that were not finite). A function of the step, so resuming needs no state."""
@@ -104,17 +123,26 @@ class Feed:
 
     reader: ShardReader
 
-    def open(self, spec: Any, settings: Settings, stage: Stage, device: torch.device) -> Source:
-        how = (settings.batch_size, spec.lanes, spec.seed, stage.row_order)
-        rows: Plan | GroupPlan
-        if stage.grouping is None:
-            rows = Plan(self.reader.rows("train"), *how)
-        else:
-            rows = GroupPlan(self._values(stage.grouping.column), stage.grouping.size, *how)
-        return Source(self.reader, rows, spec.double, device)
+    def open(
+        self,
+        spec: Any,
+        settings: Settings,
+        stage: Stage,
+        device: torch.device,
+        say: Callable[[dict[str, Any]], None] | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> Source:
+        """`say` and `state` are for feeds whose rows are not all there."""
+        return Source(self.reader, plan_of(self.reader, settings, stage, spec.lanes, spec.seed), spec.double, device)
 
-    def _values(self, column: str) -> np.ndarray:
-        return _values(self.reader, "train", np.arange(self.reader.rows("train")), column)
+
+def plan_of(reader: ShardReader, settings: Settings, stage: Stage, lanes: int, seed: int) -> Plan | GroupPlan:
+    """The order in which a stage reads the train rows of `reader`."""
+    how = (settings.batch_size, lanes, seed, stage.row_order)
+    rows = reader.rows("train")
+    if stage.grouping is None:
+        return Plan(rows, *how)
+    return GroupPlan(_values(reader, "train", np.arange(rows), stage.grouping.column), stage.grouping.size, *how)
 
 
 def _values(reader: ShardReader, split: str, ordinals: np.ndarray, column: str) -> np.ndarray:

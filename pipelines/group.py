@@ -19,13 +19,12 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from pipelines import cluster, loop, trained
 from pipelines.checkpoint import Checkpoints
 from pipelines.errors import Failed, Refused
-from pipelines.feed import Feed
 from pipelines.loop import Event, RunSpec
 from pipelines.mailbox import Outbox
 from pipelines.patience import Unanswered
 from pipelines.request import Prepared, Request
-from pipelines.shards import ShardReader
 from pipelines.step import Wish
+from pipelines.stream import completed, feed_of
 from vqcore.reduction import resolve
 
 SAVE_SECONDS = 60.0
@@ -39,14 +38,23 @@ def carry_out(
     wish: Callable[[], Wish] = lambda: Wish.NOTHING,
 ) -> None:
     """Train in this process, as one worker of the group there may be; rank 0 leaves the bundle."""
-    spec = prepared.spec
-    model, totals = loop.train(spec, Feed(ShardReader(spec.shards)), device, tell, wish)
+    spec, about = prepared.spec, prepared.about
+    model, totals = loop.train(spec, feed_of(spec), device, tell, wish)
     if resolve(None).rank == 0:
-        trained.write_trained(spec.out, model, {**prepared.about, "metrics": totals.latest})
+        if spec.stream is not None:
+            about = completed(about, spec, tell, wish)
+        trained.write_trained(spec.out, model, {**about, "metrics": totals.latest})
 
 
-def check_room(workers: int, gpus_per_worker: float) -> None:
-    """A worker group that can never start would wait for ever, so it is refused at once."""
+def check_room(workers: int, gpus_per_worker: float, ingest_gpus: float | None = None) -> int:
+    """A worker group that can never start would wait for ever, so it is refused at once.
+
+    Args:
+        ingest_gpus: CUDA devices of each process of an ingest beside it; None: there is no ingest.
+
+    Returns:
+        How many processes of an ingest there is room for.
+    """
     cpus, gpus = cluster.most("CPU"), cluster.most("GPU")
     if workers < 1 or workers > cpus:
         raise Refused(
@@ -58,6 +66,15 @@ def check_room(workers: int, gpus_per_worker: float) -> None:
             f"--workers {workers} x --gpus-per-worker {gpus_per_worker:g} needs"
             f" {workers * gpus_per_worker:g} GPUs; this cluster has {gpus:g}."
         )
+    room = int(cpus - workers)
+    if ingest_gpus:
+        room = min(room, int((gpus - workers * gpus_per_worker) / ingest_gpus))
+    if ingest_gpus is not None and room < 1:
+        raise Refused(
+            f"--workers {workers} leaves no CPU{' with a CUDA device' if ingest_gpus else ''} to the ingest beside it; "
+            f"this cluster has {cpus:g} CPUs and {gpus:g} CUDA devices. Use fewer workers, or a larger cluster."
+        )
+    return room
 
 
 def carry_out_on_workers(request: Request, prepared: Prepared, mailbox: Any, events: Any = None, **label: Any) -> None:
@@ -79,7 +96,7 @@ def carry_out_on_workers(request: Request, prepared: Prepared, mailbox: Any, eve
         "spec": asdict(spec),
         "about": prepared.about,
         # The user's own word on threads wins; results repeat to the bit only at one thread count.
-        "threads": int(os.environ.get("OMP_NUM_THREADS") or max(1, cluster.cpus() // request.workers)),
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or _threads(request)),
         "gpu": request.gpus_per_worker > 0,
     }
     while True:
@@ -98,6 +115,11 @@ def carry_out_on_workers(request: Request, prepared: Prepared, mailbox: Any, eve
                 f"training stopped after {request.restarts} restarts without a new checkpoint: {last}."
                 f" Run the same command again to go on from the newest checkpoint in {spec.out}."
             ) from fault
+
+
+def _threads(request: Request) -> int:
+    """Of each worker. An ingest beside them takes the other CPUs, and when it is done bits must not change."""
+    return 1 if request.stream else max(1, cluster.cpus() // request.workers)
 
 
 def _fit(request: Request, config: dict[str, Any]) -> TrainingFailedError | None:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
+from tqdm import tqdm
 
 from pipelines import cluster, corpora, recipe, registry, storage
 from pipelines.accounts import in_bytes, kept_of, looked_at, summary, too_bad, write_quarantine, write_sources
@@ -16,6 +17,7 @@ from pipelines.claims import claim
 from pipelines.corpora import Corpus, CorpusSettings, Slice, Survey
 from pipelines.errors import Failed, Refused
 from pipelines.export import export_parquet
+from pipelines.ingest_request import REQUEST, Asked, ask
 from pipelines.manifest import (
     Manifest,
     ShardRecord,
@@ -26,13 +28,12 @@ from pipelines.manifest import (
     save_manifest,
 )
 from pipelines.options import validated
-from pipelines.parts import Part, Record, run_parts
-from pipelines.reading import Selection, read_part
-from pipelines.shards import check_holdout
+from pipelines.parts import Halt, Part, Record, Work, run_parts
+from pipelines.reading import read_part
 from pipelines.tables import record_of, write_tables
+from pipelines.used import after_room
 from vqcore.bundle import read_card
 
-REQUEST = "ingest.json"
 MOST_PART_BYTES = 256 * 2**20
 LEAST_PART_BYTES = 4 * 2**20
 MOST_PART_SLICES = 16_384
@@ -98,52 +99,31 @@ def ingest(
         Refused: nothing to read, a number out of range, or an `out` that holds something else.
         Failed: too many bad units, or no good one. Finished parts and the quarantine are kept.
     """
-    began = time.monotonic()
-    out, sources = storage.normalise(out), [storage.normalise(source) for source in sources]
-    _check_request(sources, out, limit, max_bad_fraction, holdout)
-    corpus = corpora.load(kind)
-    survey = corpus.survey(list(sources), settings)
-    settings = settings.model_copy(update=survey.settings)
-    units = sum(piece.stop - piece.start for piece in survey.slices)
-    if not units:
-        raise Refused(
-            f"there is nothing of the kind {kind!r} in {', '.join(sources)}; found {survey.ignored or 'no files'}."
-        )
-    request = {
-        "kind": kind,
-        "settings": settings.model_dump(mode="json"),
-        "limit": limit,
-        "holdout": holdout,
-        "sources": _described(survey, units),
-    }
+    return carry_out(ask(kind, sources, out, settings, limit, max_bad_fraction, holdout), parquet=parquet)
+
+
+def carry_out(
+    asked: Asked,
+    *,
+    parquet: bool = False,
+    at_once: int | None = None,
+    ahead: int | None = None,
+    halt: Halt | None = None,
+) -> IngestResult:
+    """What `ingest` does, of an ingest that was checked.
+
+    Args:
+        at_once: parts that are read at one time; default as many as there are CPUs.
+        ahead: parts that may be made beyond the one that a streamed run reads; default any number.
+        halt: ends it from another thread.
+    """
+    began, out = time.monotonic(), asked.out
     skipped = is_finished(out)
     if not skipped:
-        cluster.require_shared(out, *sources)
-    claim(out, REQUEST, request, "an ingest")
+        cluster.require_shared(out, *asked.sources)
+    claim(out, REQUEST, asked.request, "an ingest")
     if not skipped:
-        selection = Selection(units, limit, holdout)
-        if corpus.prepare:
-            survey = corpus.prepare(survey, settings, selection.wanted, selection.split_of)
-        work = partial(read_part, corpus, settings, survey.context, selection, out)
-        check = _StopIfHopeless(max_bad_fraction * selection.wanted_before(units), out)
-        tables = _side_tables(corpus, sources, settings, max_bad_fraction, out)
-        setup = partial(corpus.setup, settings) if corpus.setup else None
-        gpus = corpus.gpus(settings) if setup else 0
-        parts = _cut(survey.slices)
-        files, size = len({piece.name for piece in survey.slices}), sum(piece.bytes for piece in survey.slices)
-        _tell(f"{units} units in {files} files ({in_bytes(size)}), {len(parts)} parts")
-        found = run_parts(
-            parts,
-            work,
-            out,
-            label="ingest",
-            unit="units",
-            setup=setup,
-            actors=setup is not None,
-            gpus=gpus,
-            check=check,
-        )
-        _finish(kind, corpus.schema(settings), request, survey, found, tables, max_bad_fraction, out)
+        _make(asked, at_once, ahead, halt)
     manifest = load_manifest(out)
     if parquet:
         export_parquet(out)
@@ -159,28 +139,32 @@ def ingest(
     )
 
 
-def _check_request(sources: list[str], out: str, limit: int | None, max_bad_fraction: float, holdout: float) -> None:
-    check_holdout(holdout)
-    if limit is not None and limit < 1:
-        raise Refused(f"limit={limit} was given; it is the number of units to take: at least 1.")
-    if not 0 <= max_bad_fraction <= 1:
-        raise Refused(f"max_bad_fraction={max_bad_fraction} was given; it is a share: from 0 to 1.")
-    if not sources:
-        raise Refused("no source was given; name at least one file, directory or s3:// prefix.")
-    for source in sources:
-        if f"{out}/".startswith(f"{source}/"):
-            raise Refused(f"out={out} lies inside the source {source}; put it elsewhere, or it would be read as data.")
-
-
-def _described(survey: Survey, units: int) -> dict[str, Any]:
-    """What the sources are, independent of where they lie; a file of another size, name or label changes it."""
-    listing = [[piece.name, piece.start, piece.stop, piece.bytes, piece.meta] for piece in survey.slices]
-    return {
-        "digest": storage.sha256_of_bytes(storage.canonical_json([listing, survey.context, survey.ignored])),
-        "names": len({piece.name for piece in survey.slices}),
-        "units": units,
-        "bytes": sum(piece.bytes for piece in survey.slices),
-    }
+def _make(asked: Asked, at_once: int | None, ahead: int | None, halt: Halt | None) -> None:
+    """Every part that is missing, and the manifest."""
+    corpus, settings, selection, survey, out = asked.corpus, asked.settings, asked.selection, asked.survey, asked.out
+    if corpus.prepare:
+        survey = corpus.prepare(survey, settings, selection.wanted, selection.split_of)
+    work: Work = partial(read_part, corpus, settings, survey.context, selection, out)
+    check = _StopIfHopeless(asked.max_bad_fraction * selection.wanted_before(selection.units), out)
+    tables = _side_tables(corpus, asked.sources, settings, asked.max_bad_fraction, out)
+    setup = partial(corpus.setup, settings) if corpus.setup else None
+    parts = _cut(survey.slices)
+    files, size = len({piece.name for piece in survey.slices}), sum(piece.bytes for piece in survey.slices)
+    _tell(f"{selection.units} units in {files} files ({in_bytes(size)}), {len(parts)} parts")
+    found = run_parts(
+        parts,
+        work if ahead is None else partial(after_room, out, ahead, work),
+        out,
+        label="ingest",
+        unit="units",
+        setup=setup,
+        actors=setup is not None,
+        gpus=corpus.gpus(settings) if setup else 0,
+        at_once=at_once,
+        check=check,
+        halt=halt,
+    )
+    _finish(asked.kind, corpus.schema(settings), asked.request, survey, found, tables, asked.max_bad_fraction, out)
 
 
 def _cut(slices: Sequence[Slice]) -> list[Part]:
@@ -277,4 +261,4 @@ def _finish(
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr)
+    tqdm.write(line, file=sys.stderr)

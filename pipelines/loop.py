@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -16,11 +16,12 @@ from torch import nn
 from pipelines import checkpoint, recipe, warm
 from pipelines.checkpoint import Checkpoint, Checkpoints
 from pipelines.collapse import Alarm
-from pipelines.errors import Failed, Refused
-from pipelines.feed import Feed
+from pipelines.errors import Refused
+from pipelines.feed import Feed, Source
 from pipelines.places import Places
 from pipelines.recipe import Batch, Settings, Stage
-from pipelines.step import How, Trainee, Wish, autocast, one_step
+from pipelines.step import How, Stopped, Trainee, Wish, autocast, one_step
+from pipelines.stream import Ended, StreamFeed, StreamSource
 from pipelines.watch import Totals, Watch
 from pipelines.writer import Writer
 from vqcore import noise
@@ -28,14 +29,11 @@ from vqcore.quantizers.contract import Quantizer
 from vqcore.reduction import resolve
 
 Event = dict[str, Any]
-"""What the loop says while it runs, as JSON values: `kind` is one of log, progress, metrics, checkpoint."""
+"""What the loop says while it runs, as JSON values: `kind` is one of log, progress, metrics, checkpoint, and of a
+stream part (the one it now reads or waits for) and waiting."""
 
 
 PRECISIONS = ("float32", "bf16")
-
-
-class Stopped(Failed):
-    """The loop was asked to stop; its state is in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,9 @@ class RunSpec:
     """False: the loop waits for every checkpoint, for callers that read it at once."""
     warm_from: str | None = None
     """A bundle of the same network with fewer codes that the run starts from; None: it starts cold."""
+    stream: dict[str, Any] | None = None
+    """The rows come from an ingest that goes on meanwhile: its corpus `kind` and `settings`, and whether the parts are
+    gone through `once`. None: `shards` are finished."""
     double: bool = False
     """Everything in float64: the test mode in which workers agree to 1e-9 over hundreds of steps."""
 
@@ -72,7 +73,7 @@ class Session:
 
     spec: RunSpec
     settings: Settings
-    feed: Feed
+    feed: Feed | StreamFeed
     device: torch.device
     totals: Totals
     writer: Writer
@@ -80,10 +81,15 @@ class Session:
     say: Callable[[Event], None]
     wish: Callable[[], Wish]
 
+    def asked(self) -> Wish:
+        """What is wished while a worker waits; what has become of checkpoints is said meanwhile too."""
+        self.writer.poll()
+        return self.wish()
+
 
 def train(
     spec: RunSpec,
-    feed: Feed,
+    feed: Feed | StreamFeed,
     device: torch.device,
     tell: Callable[[Event], None],
     wish: Callable[[], Wish] = lambda: Wish.NOTHING,
@@ -143,17 +149,18 @@ def _run_stages(session: Session, stages: tuple[Stage, ...], saved: Checkpoint |
 def _run_stage(number: int, before: int, trainee: Trainee, session: Session, saved: Checkpoint | None) -> None:
     """`before` is the number of steps of earlier stages: one curve of metrics runs through all of them."""
     spec, stage, totals, say = session.spec, trainee.stage, session.totals, session.say
-    began = time.perf_counter()
+    saves = _Saves(number, before, trainee, session)
     how = How(_forwards(trainee.quantizers, spec), spec.precision)
-    source = session.feed.open(spec, session.settings, stage, session.device)
+    source = session.feed.open(spec, session.settings, stage, session.device, say, saved.state if saved else {})
     trainee.model.train()
-    first = _begin(trainee, session, source.epoch, saved)
+    first = _begin(trainee, session, source, saved)
     alarm = Alarm(stage.steps, session.settings, lambda text: say({"kind": "log", "text": text}))
     watch = Watch(trainee.quantizers, session.places, alarm)
     for step in range(first, stage.steps):
         watch.step = step + 1
         torch.manual_seed(_seed_of(spec.seed, number, step, 1 + resolve(None).rank))
         with watch.part("data", "the reading of rows"):
+            _wait(step, source, saves)
             batch, non_finite = source.at(step)
         wish = one_step(trainee, batch, non_finite, step, how, totals, watch, session.wish())
         done = step + 1
@@ -166,22 +173,58 @@ def _run_stage(number: int, before: int, trainee: Trainee, session: Session, sav
             say({"kind": "metrics", **place, "metrics": seen})
         say({"kind": "progress", **place, "steps": stage.steps})
         if saving:
-            totals.steps = before + done
-            totals.seconds, began = totals.seconds + time.perf_counter() - began, time.perf_counter()
-            if resolve(None).rank == 0:
-                tensors, plain = checkpoint.pack(trainee.model, trainee.optimisers)
-                snapshot = Checkpoint(number, done, tensors, {**plain, "totals": dict(vars(totals))})
-                session.writer.submit(snapshot, {"kind": "checkpoint", **place})
+            saves.write(done, source.state())
         session.writer.poll()
         if wish == Wish.STOP:
-            session.writer.finish()
-            raise Stopped(
-                f"stopped as asked after step {before + done:,}, whose checkpoint is written; "
-                "run the same command again to go on from there."
-            )
+            saves.stop(done)
 
 
-def _begin(trainee: Trainee, session: Session, epoch: Callable[[], Iterable[Batch]], saved: Checkpoint | None) -> int:
+@dataclass
+class _Saves:
+    """The checkpoints of one stage."""
+
+    number: int
+    before: int
+    trainee: Trainee
+    session: Session
+
+    def __post_init__(self) -> None:
+        self.began = time.perf_counter()
+
+    def write(self, done: int, state: dict[str, Any]) -> None:
+        """Have the state after `done` steps written, behind the loop's back; `state` is that of its rows."""
+        totals, trainee, now = self.session.totals, self.trainee, time.perf_counter()
+        totals.steps = self.before + done
+        totals.seconds, self.began = totals.seconds + now - self.began, now
+        if resolve(None).rank == 0:
+            tensors, plain = checkpoint.pack(trainee.model, trainee.optimisers)
+            snapshot = Checkpoint(self.number, done, tensors, {**plain, "totals": dict(vars(totals)), **state})
+            place = {"stage": trainee.stage.name, "step": done, "run_step": self.before + done}
+            self.session.writer.submit(snapshot, {"kind": "checkpoint", **place})
+
+    def stop(self, done: int) -> NoReturn:
+        """End when the newest checkpoint is written."""
+        self.session.writer.finish()
+        raise Stopped(
+            f"stopped as asked after step {self.before + done:,}, whose checkpoint is written; "
+            "run the same command again to go on from there."
+        )
+
+
+def _wait(step: int, source: Source | StreamSource, saves: _Saves) -> None:
+    """Until the rows of a step are there. What is asked for meanwhile is done with the state of the steps before it."""
+    try:
+        while (wish := source.wait(step, saves.session.asked)) != Wish.NOTHING:
+            saves.write(step, source.state())
+            if wish == Wish.STOP:
+                saves.stop(step)
+    except Ended as end:
+        saves.write(step, source.state())
+        saves.session.writer.finish()
+        raise Ended(f"{end} The checkpoint of step {saves.before + step:,} is written.") from None
+
+
+def _begin(trainee: Trainee, session: Session, source: Source | StreamSource, saved: Checkpoint | None) -> int:
     """Put a stage into the state it goes on from, and return how many of its steps are done."""
     spec, stage = session.spec, trainee.stage
     if saved:
@@ -190,8 +233,15 @@ def _begin(trainee: Trainee, session: Session, epoch: Callable[[], Iterable[Batc
     if spec.warm_from is not None:
         session.say({"kind": "log", "text": warm.start(trainee.model, spec.warm_from)})
     elif stage.seed is not None:
+        session.places.here = f"the reading of rows to seed stage {stage.name!r}"
+        while (wish := source.wait(0, session.asked)) != Wish.NOTHING:
+            # Nothing is learned yet, so there is nothing to save.
+            if wish == Wish.STOP:
+                raise Stopped(
+                    f"stopped as asked before stage {stage.name!r} had rows to begin with; run the same command again."
+                )
         with torch.no_grad(), autocast(spec.precision, session.device):
-            sentence = stage.seed(trainee.model, _for_seeding(epoch(), stage.name, session.places))
+            sentence = stage.seed(trainee.model, _for_seeding(source.epoch(), stage.name, session.places))
         session.say({"kind": "log", "text": sentence})
     return 0
 

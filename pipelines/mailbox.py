@@ -8,6 +8,7 @@ import contextlib
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -77,7 +78,7 @@ def mailbox_here() -> Any:
 
 
 class Outbox:
-    """A worker's end of the mailbox: batches events, and of progress keeps only the newest."""
+    """A worker's end of the mailbox: batches events, and of progress and waits keeps only the newest."""
 
     def __init__(self, mailbox: Any, every: float = 0.25, **label: Any):
         """Events get the keys of `label` too, where several tell one mailbox."""
@@ -88,7 +89,7 @@ class Outbox:
         self.saves_wished = 0
 
     def tell(self, event: Event) -> None:
-        if event["kind"] == "progress" and self.waiting and self.waiting[-1]["kind"] == "progress":
+        if event["kind"] in ("progress", "waiting") and self.waiting and self.waiting[-1]["kind"] == event["kind"]:
             self.waiting.pop()
         self.waiting.append({**event, **self.label})
         if time.monotonic() - self.sent > self.every:
@@ -123,7 +124,9 @@ class Listener:
     at the end if it never got there.
     """
 
-    def __init__(self, mailbox: Any, run: Run, every: float = 0.5):
+    def __init__(self, mailbox: Any, run: Run, every: float = 0.5, also: Callable[[Event], None] | None = None):
+        """`also` hears every event after this."""
+        self.also = also
         self.mailbox, self.run, self.every = mailbox, run, every
         self.done = threading.Event()
         self.stop_wished = threading.Event()
@@ -132,6 +135,7 @@ class Listener:
         self.bar: tqdm[Any] | None = None
         self.points: list[tuple[int, dict[str, float]]] = []
         self.untracked = False
+        self.waited_for = ""
 
     def __enter__(self) -> "Listener":
         self.thread.start()
@@ -155,6 +159,8 @@ class Listener:
                 self.mailbox.stop.remote()
             for event in ray.get(self.mailbox.take.remote()):
                 self._hear(event)
+                if self.also is not None:
+                    self.also(event)
             self._track()
             if finished:
                 return
@@ -180,12 +186,25 @@ class Listener:
                 self._say(event["text"])
             case "progress":
                 self._show(event)
+            case "waiting":
+                self._wait(event["text"])
             case "metrics":
                 self.points.append((event["run_step"], event["metrics"]))
                 if self.bar is not None:
                     self.bar.set_postfix(headline(event["metrics"]), refresh=False)
 
+    def _wait(self, text: str) -> None:
+        """Said again and again while it lasts: in the bar, or once where there is none yet."""
+        if text == self.waited_for:
+            return
+        self.waited_for = text
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
+            self._say(text)
+
     def _show(self, event: Event) -> None:
+        self.waited_for = ""
         name = f"train {event['stage']}"
         if self.bar is None or self.bar.desc != name:
             if self.bar is not None:

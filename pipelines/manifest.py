@@ -122,6 +122,16 @@ def check_split(split: str) -> None:
         raise Refused(f"there is no split {split!r}; allowed: {', '.join(SPLITS)}, all.")
 
 
+def record_uri(uri: str, part: int) -> str:
+    """What a part writes last: its record, with the shards it made."""
+    return storage.join(uri, "parts", f"part-{part:05d}.json")
+
+
+def part_of(shard: str) -> int:
+    """The number of the part that wrote a shard, from its name."""
+    return int(shard.split("-")[1])
+
+
 def describe(schema: pa.Schema) -> dict[str, Column]:
     """Arrow schema -> what a manifest says of it."""
     return {item.name: _column(item) for item in schema}

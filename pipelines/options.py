@@ -10,7 +10,7 @@ from pipelines.errors import Refused, nearest_names
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def parse_pairs(words: Sequence[str]) -> dict[str, Any]:
+def parse_pairs(words: Sequence[str], option: str = "--set") -> dict[str, Any]:
     """`["a=1", "b=none"]` -> {"a": "1", "b": None}; values stay text for pydantic, `x,y,z` becomes a list.
 
     Raises:
@@ -20,9 +20,10 @@ def parse_pairs(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
-            raise Refused(f"--set takes key=value words; {word!r} is not one. Example: --set num_codes=512")
+            example = "num_codes=512" if option == "--set" else "size=64"
+            raise Refused(f"{option} takes key=value words; {word!r} is not one. Example: {option} {example}")
         if key in pairs:
-            raise Refused(f"--set gives {key!r} twice: {pairs[key]!r} and {value!r}; give it once.")
+            raise Refused(f"{option} gives {key!r} twice: {pairs[key]!r} and {value!r}; give it once.")
         pairs[key] = None if value.lower() in ("none", "null") else value.split(",") if "," in value else value
     return pairs
 

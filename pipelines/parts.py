@@ -7,14 +7,16 @@ A record is the last thing a part writes, so an interrupted run redoes only the 
 tried twice overwrites its own files with the same bytes.
 """
 
+import gc
 import json
 import logging
 import sys
+import threading
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +26,7 @@ from tqdm import tqdm
 
 from pipelines import cluster, storage
 from pipelines.errors import Failed, Refused
+from pipelines.manifest import record_uri
 
 TRIES = 4
 """How often a run begins a part. Ray Data begins it again whenever its worker dies, for ever: a file that kills who
@@ -56,7 +59,9 @@ def run_parts(
     setup: partial[Any] | None = None,
     actors: bool = False,
     gpus: float = 0,
+    at_once: int | None = None,
     check: Callable[[Record], None] | None = None,
+    halt: "Halt | None" = None,
 ) -> list[Record]:
     """Do every part that has no record below `out`/parts yet; all records, in part order.
 
@@ -67,16 +72,19 @@ def run_parts(
             not depend on how many CPUs there are.
         actors: parts run in actors of their own, one a CPU.
         gpus: CUDA devices of an actor.
+        at_once: most parts at one time, a CPU each; default as many as the cluster has CPUs free.
         check: sees every record, found or new, and may raise to stop the run.
+        halt: ends the run from another thread.
 
     Raises:
+        Halted: by `halt`.
         Refused, Failed: as raised by `work` or `setup`, with their own message. What finished parts made is kept.
     """
     records = _recorded(out, len(parts))
     for record in records.values():
         if check:
             check(record)
-    missing = [number for number in range(len(parts)) if number not in records]
+    missing = {number: part for number, part in enumerate(parts) if number not in records}
     if missing:
         cluster.connect()
         cluster.require_free_cpu(gpus=gpus)
@@ -89,8 +97,9 @@ def run_parts(
         disable=not missing,
     )
     task = _Task(work, setup, out, uuid.uuid4().hex)
-    with bar:
-        for number, record in _finished({n: parts[n] for n in missing}, task, actors, gpus):
+    finished = _finished(missing, task, actors, gpus, at_once, halt or Halt())
+    with bar, closing(finished):
+        for number, record in finished:
             records[number] = record
             bar.update(parts[number].units)
             if check:
@@ -98,8 +107,53 @@ def run_parts(
     return [records[number] for number in range(len(parts))]
 
 
-def record_uri(out: str, part: int) -> str:
-    return storage.join(out, "parts", f"part-{part:05d}.json")
+class Halted(Failed):
+    """A run of parts was ended from outside."""
+
+
+class Halt:
+    """Ends a run of parts from another thread: what is being made is given up, finished parts are kept."""
+
+    def __init__(self) -> None:
+        self.wished = threading.Event()
+        self._executor: Any = None
+
+    def now(self) -> None:
+        """Ask for the end. Asked for while the run is being started, it may have to be asked for again."""
+        self.wished.set()
+        if self._executor is not None:
+            self._executor.shutdown(force=True)
+
+    def rows(self, results: Any) -> Generator[dict[str, Any], None, None]:
+        """The rows of a dataset, until the halt."""
+        create = results._create_executor
+
+        def kept() -> Any:
+            self._executor = create()
+            return self._executor
+
+        # The thread that waits for a part cannot be woken otherwise, and a part may take minutes. The dataset itself
+        # tells nobody of its executor before there is a first row.
+        results._create_executor = kept
+        try:
+            if not self.wished.is_set():
+                yield from results.iter_rows()
+        except Exception as error:
+            # Whatever a dataset says whose execution was taken away.
+            if not self.wished.is_set():
+                raise
+            raise Halted(HALTED) from error
+        finally:
+            # Also where a caller had enough: what it left undone would go on and keep its CPUs.
+            if self._executor is not None:
+                self._executor.shutdown(force=True)
+            self._executor = None
+            del results._create_executor
+        if self.wished.is_set():
+            raise Halted(HALTED)
+
+
+HALTED = "it was stopped from outside. Finished parts are kept; run this again to go on."
 
 
 class _Task:
@@ -154,7 +208,9 @@ def _kept(setup: partial[Any]) -> Any:
     return _STATES[name]
 
 
-def _finished(todo: Mapping[int, Part], task: _Task, actors: bool, gpus: float) -> Iterator[tuple[int, Record]]:
+def _finished(
+    todo: Mapping[int, Part], task: _Task, actors: bool, gpus: float, at_once: int | None, halt: Halt
+) -> Generator[tuple[int, Record], None, None]:
     """Records as their parts finish, in any order."""
     if not todo:
         return
@@ -165,13 +221,14 @@ def _finished(todo: Mapping[int, Part], task: _Task, actors: bool, gpus: float) 
         # One block a part: a block is Ray Data's unit of scheduling and of retry.
         blocks = ray.data.from_items(items, override_num_blocks=len(items))
         if not actors:
-            results = blocks.map(task, num_cpus=1)
+            results = blocks.map(task, num_cpus=1, compute=ray.data.TaskPoolStrategy(at_once))
         else:
             # One part at a time: a second one would wait behind it while another actor has nothing to do.
+            most = min(len(items), at_once or len(items))
             pool = ray.data.ActorPoolStrategy(
                 min_size=1,
-                max_size=len(items),
-                initial_size=min(len(items), max(1, cluster.cpus())),
+                max_size=most,
+                initial_size=min(most, max(1, cluster.cpus())),
                 max_tasks_in_flight_per_actor=1,
             )
             results = blocks.map(
@@ -182,13 +239,18 @@ def _finished(todo: Mapping[int, Part], task: _Task, actors: bool, gpus: float) 
                 num_gpus=gpus or None,
             )
         try:
-            for row in results.iter_rows():
-                if row["error"]:
-                    raise _raised(row["error"], row["text"])
-                yield int(row["part"]), json.loads(row["text"])
+            with closing(halt.rows(results)) as rows:
+                for row in rows:
+                    if row["error"]:
+                        raise _raised(row["error"], row["text"])
+                    yield int(row["part"]), json.loads(row["text"])
         except ray.exceptions.RayError as error:
             # What Ray does not do again by itself.
             raise Failed(f"a worker was lost: {error}. Finished parts are kept; run this again to go on.") from error
+        finally:
+            # Ray Data leaves its actors, and their CPUs, to reference counts, and holds them in cycles.
+            del blocks, results
+            gc.collect()
 
 
 def _raised(error: str, text: str) -> Refused | Failed:

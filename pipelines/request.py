@@ -3,19 +3,21 @@
 import os
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pipelines import recipe, storage, trained, warm
 from pipelines.errors import Refused
 from pipelines.feed import columns_of
+from pipelines.ingest_request import Asked
 from pipelines.loop import PRECISIONS, RunSpec
 from pipelines.options import validated
 from pipelines.plan import lanes_for
 from pipelines.project import RUNS
 from pipelines.recipe import Recipe, Settings
 from pipelines.shards import ShardReader
+from pipelines.stream_request import Stream, Streamed, check_stream, stream_of
 from vqcore.quantizers.contract import quantizers_in
 
 RUN_FILE = "run.json"
@@ -52,6 +54,8 @@ class Request:
     """How often in a row, without a new checkpoint in between, workers are started again after one died."""
     warm_from: str | None = None
     """A bundle with fewer codes that the run starts from."""
+    stream: Streamed | None = None
+    """The shards are made meanwhile; None: they are finished."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,20 @@ class Prepared:
     spec: RunSpec
     about: dict[str, Any]
     """What the result depends on: what reruns must repeat, and what the card tells."""
+    asked: Asked | None = None
+    """The ingest that goes on beside a streamed run."""
+
+
+class Data(NamedTuple):
+    """The rows of a run, as far as they are known before it begins."""
+
+    uri: str
+    kind: str
+    settings: dict[str, Any]
+    """The corpus's."""
+    fitted_on: dict[str, Any]
+    """What of `about` says which rows they are."""
+    parents: dict[str, str]
 
 
 def prepare(request: Request) -> Prepared:
@@ -69,15 +87,18 @@ def prepare(request: Request) -> Prepared:
     Raises:
         Refused: a mistake in the request.
     """
-    reader = ShardReader(storage.normalise(request.shards))
     found = recipe.load(request.recipe)
+    stream = stream_of(request.stream, found, request.shards) if request.stream else None
+    data = _streamed(request, stream) if stream else _stored(request)
     preset = _preset(request, found)
-    settings = _settings(request, found, preset, reader)
-    _check(request, reader)
-    about = _about(request, found, preset, settings, reader)
+    settings = _settings(request, found, preset, data)
+    _check(request)
+    about = _about(request, found, preset, settings, data)
     out = storage.normalise(request.out or storage.join(os.environ.get(RUNS) or "runs", _name(about)))
     if request.out is None:
         print(f"run in {out}", file=sys.stderr)
+    if stream:
+        check_stream(stream, found.stages(settings), data.uri, out)
     lanes = _recorded_lanes(out) or lanes_for(settings.batch_size, request.workers)
     if request.workers > lanes:
         raise Refused(
@@ -86,7 +107,7 @@ def prepare(request: Request) -> Prepared:
     spec = RunSpec(
         request.recipe,
         about["settings"],
-        reader.uri,
+        data.uri,
         request.seed,
         lanes,
         out,
@@ -96,10 +117,31 @@ def prepare(request: Request) -> Prepared:
         precision=request.precision,
         patience=request.patience,
         warm_from=request.warm_from,
+        stream={"kind": data.kind, "settings": data.settings, "once": stream.once} if stream else None,
     )
     if request.micro_batches > 1:
         _check_accumulation(request, found, settings)
-    return Prepared(spec, {**about, "lanes": lanes})
+    return Prepared(spec, {**about, "lanes": lanes}, stream.asked if stream else None)
+
+
+def _stored(request: Request) -> Data:
+    """Of finished shards."""
+    reader = ShardReader(storage.normalise(request.shards))
+    manifest, rows = reader.manifest, reader.rows("train")
+    if rows == 0:
+        raise Refused(
+            f"{reader.uri} has no rows in its train split ({manifest.rows()} in all): ingest more files"
+            " or a smaller holdout."
+        )
+    fitted_on = {"fitted_on": {"split": "train", "rows": rows}}
+    return Data(reader.uri, manifest.kind, manifest.settings, fitted_on, {"shards": manifest.digest})
+
+
+def _streamed(request: Request, stream: Stream) -> Data:
+    """Of shards that are not all there: how many rows and which digest they have is known at the end, and then said in
+    the card."""
+    home = storage.normalise(request.shards)
+    return Data(home, stream.kind, stream.settings, {"stream": {"ingest": stream.digest}}, {})
 
 
 def _preset(request: Request, found: Recipe) -> str:
@@ -111,26 +153,18 @@ def _preset(request: Request, found: Recipe) -> str:
     return preset
 
 
-def _settings(request: Request, found: Recipe, preset: str, reader: ShardReader) -> Settings:
-    if reader.manifest.kind not in found.corpus:
-        raise Refused(
-            f"recipe {request.recipe!r} trains on {' or '.join(found.corpus)}; {reader.uri} holds"
-            f" {reader.manifest.kind}."
-        )
+def _settings(request: Request, found: Recipe, preset: str, data: Data) -> Settings:
+    if data.kind not in found.corpus:
+        raise Refused(f"recipe {request.recipe!r} trains on {' or '.join(found.corpus)}; {data.uri} holds {data.kind}.")
     settings = validated(found.Settings, {**found.presets[preset], **request.overrides}, f"recipe {request.recipe!r}")
-    resolved: Settings = found.resolve(settings, columns_of(reader.manifest))
+    resolved: Settings = found.resolve(settings, columns_of(data))
     for key in request.overrides:
         if getattr(settings, key) != getattr(resolved, key):
             raise Refused(f"{key} follows from the shards ({getattr(resolved, key)}); leave it out of --set.")
     return resolved
 
 
-def _check(request: Request, reader: ShardReader) -> None:
-    if reader.rows("train") == 0:
-        raise Refused(
-            f"{reader.uri} has no rows in its train split ({reader.manifest.rows()} in all): ingest more files"
-            " or a smaller holdout."
-        )
+def _check(request: Request) -> None:
     if request.seed < 0 or request.checkpoint_every < 1:
         raise Refused(
             f"--seed {request.seed} and --checkpoint-every {request.checkpoint_every} were given; a seed is 0 or more,"
@@ -160,7 +194,7 @@ def _check_accumulation(request: Request, found: Recipe, settings: Settings) -> 
         )
 
 
-def _about(request: Request, found: Recipe, preset: str, settings: Settings, reader: ShardReader) -> dict[str, Any]:
+def _about(request: Request, found: Recipe, preset: str, settings: Settings, data: Data) -> dict[str, Any]:
     """What the result depends on, but for the lanes."""
     return {
         "recipe": request.recipe,
@@ -169,11 +203,11 @@ def _about(request: Request, found: Recipe, preset: str, settings: Settings, rea
         "seed": request.seed,
         # Not there as a rule, so that runs from before there was a choice go on.
         **({"precision": request.precision} if request.precision != "float32" else {}),
-        "corpus": {"kind": reader.manifest.kind, "settings": reader.manifest.settings},
+        "corpus": {"kind": data.kind, "settings": data.settings},
         "codebooks": [{"num_codes": k, "code_dim": d} for k, d in found.codebooks(settings)],
-        "fitted_on": {"split": "train", "rows": reader.rows("train")},
+        **data.fitted_on,
         "parents": {
-            "shards": reader.manifest.digest,
+            **data.parents,
             **({"grown_from": warm.digest_of(request.warm_from)} if request.warm_from else {}),
         },
     }

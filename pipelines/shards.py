@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipelines import storage
+from pipelines import storage, used
 from pipelines.columns import plain, tensor_array
 from pipelines.errors import Failed, Refused, nearest_names
 from pipelines.manifest import SPLITS, Manifest, ShardRecord, check_split, load_manifest
@@ -215,7 +215,9 @@ class ShardReader:
         expected += [("table", table.file, table.bytes) for table in self.manifest.tables]
         for what, name, size in expected:
             if name not in found:
-                raise Refused(f"{what} {name} of {self.uri} is missing; restore it, or ingest into a new --out.")
+                gone = used.why_missing(self.uri, name) if what == "shard" else None
+                missing = f"{what} {name} of {self.uri} is missing; restore it, or ingest into a new --out."
+                raise Refused(gone or missing)
             if found[name] != size:
                 raise Refused(
                     f"{what} {name} of {self.uri} has {found[name]} bytes instead of {size}; "

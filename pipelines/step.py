@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pipelines.errors import Failed
 from pipelines.recipe import Batch, Losses, Settings, Share, Stage
 from pipelines.watch import Totals, Watch
 from vqcore.quantizers.contract import Quantizer, quantizers_in
@@ -29,6 +30,10 @@ class Wish(IntEnum):
     """A checkpoint now: this machine may be about to go."""
     STOP = 2
     """A checkpoint now, and an end."""
+
+
+class Stopped(Failed):
+    """The loop was asked to stop; its state is in a checkpoint."""
 
 
 @dataclass

@@ -9,10 +9,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipelines import cluster, storage, tracking
+from pipelines.alongside import Alongside, delete_used
 from pipelines.claims import claim
 from pipelines.group import carry_out_on_workers, check_room
+from pipelines.ingest_request import REQUEST, Asked
 from pipelines.loop import Stopped
 from pipelines.mailbox import Listener, mailbox_here
+from pipelines.manifest import is_finished
 from pipelines.request import RUN_FILE, Prepared, Request, prepare
 
 RUN = "vqray-run"
@@ -40,41 +43,74 @@ def train(request: Request) -> Outcome:
         Failed: training ended early; everything up to the newest checkpoint is kept.
     """
     prepared = prepare(request)
-    out = prepared.spec.out
+    out, asked = prepared.spec.out, prepared.asked
     if storage.exists(storage.join(out, RUN_FILE)):
         claim_run(prepared)
         if has_bundle(out):
+            if prepared.spec.stream and prepared.spec.stream["once"]:
+                # The driver may have died between the bundle and this.
+                delete_used(prepared.spec.shards, out)
             return _finished(out)
     cluster.connect()
-    cluster.require_shared(out, request.shards, tracked=True)
-    check_room(request.at_least or request.workers, request.gpus_per_worker)
+    cluster.require_shared(out, request.shards, *(asked.sources if asked else ()), tracked=True)
+    room = _room(request, asked)
+    if asked:
+        claim(asked.out, REQUEST, asked.request, "an ingest", "--shards")
     claim_run(prepared)
     run = tracking.start_run(
         experiment=request.recipe,
         name=os.path.basename(out.rstrip("/")),
         settings=prepared.about["settings"],
-        tags={
-            "kind": "train",
-            "shards_digest": prepared.about["parents"]["shards"],
-            "workers": str(request.workers),
-        },
+        tags={"kind": "train", **_shards_tag(prepared.about), "workers": str(request.workers)},
         resume_run_id=_recorded_run(out),
     )
     storage.write_json_atomic(storage.join(out, "tracking.json"), {"run_id": run.id})
     try:
-        # Made here and not by the workers: it outlives them all.
-        mailbox = mailbox_here()
-        with Listener(mailbox, run) as listener, _stopping_on_sigterm(listener):
-            carry_out_on_workers(request, prepared, mailbox)
+        _carry_out(request, prepared, run, room)
     except Stopped:
         run.finish("KILLED")
         raise
     except BaseException:
         run.finish("FAILED")
         raise
-    run.tags({"bundle_digest": _finished(out).digest})
+    card = storage.read_json(storage.join(out, "bundle", "card.json"))
+    run.tags({"bundle_digest": card["digest"], **_shards_tag(card)})
     run.finish("FINISHED")
     return Outcome(**{**asdict(_finished(out)), "skipped": False, "run_id": run.id})
+
+
+def _carry_out(request: Request, prepared: Prepared, run: tracking.Run, room: int) -> None:
+    """The workers, and beside them what hears them and the ingest of a streamed run."""
+    spec = prepared.spec
+    # Made here and not by the workers: it outlives them all.
+    mailbox = mailbox_here()
+    if spec.stream is None:
+        with Listener(mailbox, run) as listener, _stopping_on_sigterm(listener):
+            carry_out_on_workers(request, prepared, mailbox)
+        return
+
+    def fail(text: str) -> None:
+        mailbox.fail.remote(text)
+        mailbox.stop.remote()
+
+    deletes = spec.stream["once"]
+    beside = Alongside(prepared.asked, spec.shards, spec.out, deletes=deletes, at_once=room, fail=fail)
+    with beside, Listener(mailbox, run, also=beside.hear) as listener, _stopping_on_sigterm(listener):
+        carry_out_on_workers(request, prepared, mailbox)
+        beside.join()
+
+
+def _room(request: Request, asked: Asked | None) -> int:
+    """Refuse more workers than can be had; how many processes of an ingest there is room for beside them."""
+    if asked is None or is_finished(asked.out):
+        return check_room(request.at_least or request.workers, request.gpus_per_worker)
+    devices = asked.corpus.gpus(asked.settings) if asked.corpus.setup else 0
+    return check_room(request.workers, request.gpus_per_worker, devices)
+
+
+def _shards_tag(about: dict[str, Any]) -> dict[str, str]:
+    """Of a streamed run it is known at the end."""
+    return {"shards_digest": about["parents"]["shards"]} if "shards" in about["parents"] else {}
 
 
 def claim_run(prepared: Prepared) -> None:

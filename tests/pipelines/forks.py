@@ -17,10 +17,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from pipelines import checkpoint, loop, recipe, storage
-from pipelines.feed import Feed
 from pipelines.loop import Event, RunSpec
-from pipelines.shards import ShardReader
 from pipelines.step import Wish
+from pipelines.stream import feed_of
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.pipelines.forks"])
@@ -75,8 +74,7 @@ def train(spec: RunSpec, log: str, kill_at: tuple[int, bool] | None = None, grou
             lines.write(json.dumps(event) + "\n")
 
         try:
-            feed = Feed(ShardReader(spec.shards))
-            model, _ = loop.train(spec, feed, torch.device("cpu"), tell, lambda: wish)
+            model, _ = loop.train(spec, feed_of(spec), torch.device("cpu"), tell, lambda: wish)
         except loop.Stopped as stopped:
             tell({"kind": "stopped", "text": str(stopped)})
             return

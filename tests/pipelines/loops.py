@@ -18,6 +18,7 @@ from pipelines.feed import Feed, columns_of
 from pipelines.loop import Event, RunSpec
 from pipelines.manifest import Manifest, Units, describe, save_manifest
 from pipelines.shards import ShardReader, ShardWriter
+from pipelines.stream import feed_of
 from vqcore import reduction
 
 CPU = torch.device("cpu")
@@ -106,7 +107,7 @@ def _process(rank: int, world: int, home: str, cases: dict[str, RunSpec]) -> Non
     for name, spec in cases.items():
         events: list[Event] = []
         with Counted() as counted:
-            model, totals = loop.train(spec, Feed(ShardReader(spec.shards)), torch.device("cpu"), events.append)
+            model, totals = loop.train(spec, feed_of(spec), torch.device("cpu"), events.append)
         stem = Path(home) / f"{name}-{rank}-of-{world}"
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, f"{stem}.safetensors")
         stem.with_suffix(".json").write_text(
