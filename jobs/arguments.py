@@ -35,8 +35,9 @@ def paths_of(arguments: argparse.Namespace) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for name in ("source", "shards", "codes", "out"):
-        if hasattr(arguments, name):
-            given = getattr(arguments, name)
+        given = getattr(arguments, name, None)
+        # A source may be left out, and an --out is asked for in another way then.
+        if given is not None or (name == "out" and hasattr(arguments, name)):
             found[f"--{name}"] = [
                 str(one) for one in (given if isinstance(given, list) else [given]) if one is not None
             ]
