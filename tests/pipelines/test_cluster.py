@@ -93,7 +93,7 @@ def test_a_cluster_that_ray_up_made_counts_what_it_may_start(
     [
         ({}, "disabled"),
         ({"RAY_AUTH_TOKEN": "t"}, "token"),
-        ({"RAY_AUTH_TOKEN_PATH": __file__}, "token"),
+        ({"RAY_AUTH_TOKEN_PATH": "~/token"}, "token"),
         ({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "t"}, "disabled"),
     ],
 )
@@ -104,6 +104,7 @@ def test_a_cluster_that_does_not_answer_is_refused_with_an_explicit_mode(
         monkeypatch.delenv(name, raising=False)
     for name, value in {**given, "RAY_ADDRESS": "10.9.8.7:1", "HOME": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
+    (tmp_path / "token").write_text("t")
 
     def no_answer(**_: object) -> None:
         raise ConnectionError("no answer")
