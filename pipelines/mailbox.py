@@ -33,14 +33,16 @@ class Mailbox:
         self.stopping = False
         self.last_words: str | None = None
         self.saves_wished = 0
+        self.saving = False
         self.saved = asyncio.Event()
 
     async def put(self, events: list[Event]) -> tuple[bool, int]:
-        """Returns what is wished from outside: (an end, how many times a checkpoint)."""
+        """Returns what is wished from outside: (an end, the number of the checkpoint that is waited for, or 0)."""
         self.events += events
         if any(event["kind"] == "checkpoint" for event in events):
+            self.saving = False
             self.saved.set()
-        return self.stopping, self.saves_wished
+        return self.stopping, self.saves_wished if self.saving else 0
 
     async def take(self) -> list[Event]:
         events, self.events = self.events, []
@@ -67,8 +69,11 @@ class Mailbox:
         """Ask the workers for a checkpoint and wait until one is written, at most so many seconds."""
         self.saved.clear()
         self.saves_wished += 1
+        self.saving = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.saved.wait(), seconds)
+        # Workers that start later were not asked.
+        self.saving = False
 
 
 def mailbox_here() -> Any:
@@ -86,7 +91,7 @@ class Outbox:
         self.waiting: list[Event] = []
         self.sent = 0.0
         self.reply: Any = None
-        self.saves_wished = 0
+        self.save_heard = 0
 
     def tell(self, event: Event) -> None:
         if event["kind"] in ("progress", "waiting") and self.waiting and self.waiting[-1]["kind"] == event["kind"]:
@@ -108,11 +113,12 @@ class Outbox:
         """What the newest answer asks for. Waits for nothing."""
         if self.reply is None or not ray.wait([self.reply], timeout=0)[0]:
             return Wish.NOTHING
-        (stopping, saves), self.reply = ray.get(self.reply), None
+        (stopping, save), self.reply = ray.get(self.reply), None
         if stopping:
             return Wish.STOP
-        if saves > self.saves_wished:
-            self.saves_wished = saves
+        # Asked again until it is written, which takes a while.
+        if save > self.save_heard:
+            self.save_heard = save
             return Wish.SAVE
         return Wish.NOTHING
 

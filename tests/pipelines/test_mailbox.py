@@ -2,9 +2,13 @@
 
 import time
 
+import pytest
+import ray
+
 from pipelines.errors import Failed
 from pipelines.loop import Event
-from pipelines.mailbox import Listener, Outbox
+from pipelines.mailbox import Listener, Outbox, mailbox_here
+from pipelines.step import Wish
 
 
 def test_the_mailbox_keeps_only_the_newest_progress():
@@ -24,6 +28,29 @@ def test_the_mailbox_keeps_only_the_newest_progress():
     outbox.tell({"kind": "log", "text": "x"})
     outbox.flush()
     assert [event.get("step") for event in mailbox.sent] == [4, None]
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_a_checkpoint_that_is_wished_is_wished_once_and_of_no_later_workers():
+    mailbox = mailbox_here()
+
+    def answered(outbox: Outbox, kind: str) -> Wish:
+        outbox.tell({"kind": kind})
+        ray.get(outbox.flush())
+        return outbox.wish()
+
+    first = Outbox(mailbox, every=1e9)
+    assert answered(first, "log") == Wish.NOTHING
+    for _ in range(2):
+        saved = mailbox.save.remote(60.0)
+        ray.wait([saved], timeout=0.2)
+        wishes = [answered(first, "log") for _ in range(3)]
+        assert wishes == [Wish.SAVE, Wish.NOTHING, Wish.NOTHING]
+        assert not ray.wait([saved], timeout=0)[0]
+        assert answered(first, "checkpoint") == Wish.NOTHING
+        ray.get(saved, timeout=10)
+    assert answered(Outbox(mailbox, every=1e9), "log") == Wish.NOTHING
+    ray.kill(mailbox)
 
 
 def test_metrics_that_the_tracking_store_missed_are_sent_with_the_next_and_it_is_said_once(capsys):
