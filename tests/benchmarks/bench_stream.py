@@ -1,12 +1,12 @@
 """A streamed run against a bare forward loop of the same model: tokens a second, the forward of both with one thread.
 
 The stream is `vqray train --stream` in full: one process reads texts through the model, hashes, splits and writes two
-layers, and beside it one worker trains on the finished parts. Its time begins with the first part that is finished when
-the worker trains (without the starts of Ray, the model and the worker) and ends with the bundle; its tokens are those of
-the parts after that one. The bare loop is that of bench_activations: it keeps one layer in memory, and has the machine
-to itself. It goes once over all texts, sorted by length together, and once over chunks of 16 batches, as it has to where
-texts do not fit into memory and as the kind does; a part of a small corpus holds fewer. All sides take turns; the ratios
-of each round are taken, and of the ratios the medians.
+layers, and beside it one worker trains on the finished parts. Its time begins with the first part that is finished
+when the worker trains (without the starts of Ray, the model and the worker) and ends with the bundle; its tokens are
+those of the parts after that one. The bare loop is that of bench_activations: it keeps one layer in memory, and has
+the machine to itself. It goes once over all texts, sorted by length together, and once over chunks of 16 batches, as
+it has to where texts do not fit into memory and as the kind does; a part of a small corpus holds fewer. All sides
+take turns; the ratios of each round are taken, and of the ratios the medians.
 
 With a real model: python -m tests.benchmarks.bench_stream --model FOLDER
 """
