@@ -20,6 +20,8 @@ EDGES = tuple(2.3125 + 0.3075 * edge for edge in range(DISTANCE_BINS - 1))
 DIRECTION_WIDTH = 2.0 / DIRECTION_BINS
 BOND = 2.0
 """Angstrom; the longest peptide bond, C to the next N."""
+SOFTENED = 0.01
+"""Angstrom."""
 MOST_DISTANCE, MOST_DIRECTION = 25.0, 20.0
 """Where squared errors of distances and of products of directions are cut off."""
 
@@ -30,8 +32,14 @@ def distance_error(
     mask: Bool[Tensor, "B L"],
     atoms: Bool[Tensor, "B 3L"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Sum over pairs of atoms, 9 a pair of residues, of min((d - d')^2, 25); of `atoms` (default all of `mask`)."""
-    found, wanted = (_distances(_still(x, mask).flatten(1, 2)) for x in (predicted, true))
+    """Sum over pairs of atoms, 9 a pair of residues, of min((d - d')^2, 25); of `atoms` (default all of `mask`).
+
+    d = sqrt(|x - y|^2 + 0.01^2): of residues that a decoder puts in one place, as it does with a chain of one code,
+    |x - y| has a gradient of full size in a direction that is rounding.
+    """
+    found, wanted = (
+        (_distances(_still(x, mask).flatten(1, 2)).square() + SOFTENED**2).sqrt() for x in (predicted, true)
+    )
     valid = mask.repeat_interleave(3, 1) if atoms is None else atoms
     return _pair_sum((found - wanted).square().clamp(max=MOST_DISTANCE), valid)
 
@@ -89,7 +97,8 @@ def direction_entropy(
     normal = normalize(torch.linalg.cross(a, b), dim=-1)
     pairs = ((a, a), (b, b), (normal, normal), (a, b), (a, normal), (b, normal))
     products = torch.stack([x @ y.transpose(1, 2) for x, y in pairs], -1)
-    bins = ((products + 1.0) / DIRECTION_WIDTH).long().clamp(0, DIRECTION_BINS - 1)
+    # A residue's own right angles lie on an edge: what is beyond rounding must not choose their bin.
+    bins = (((products + 1.0) / DIRECTION_WIDTH * 1e5).round() / 1e5).long().clamp(0, DIRECTION_BINS - 1)
     return _entropy(logits.unflatten(-1, (DIRECTION_PAIRS, DIRECTION_BINS)), bins, mask)
 
 
