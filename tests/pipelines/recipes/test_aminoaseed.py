@@ -197,7 +197,7 @@ def test_two_workers_reach_the_model_of_one(two, shards, tmp_path, quantizer):
 
 def test_training_learns_and_moves_every_code_but_not_the_basis(shards, tmp_path):
     said: list[loop.Event] = []
-    changes = {"steps": 60, "learning_rate": 5e-3, "log_every": 15, "checkpoint_every": 60}
+    changes = {"start": "random", "steps": 60, "learning_rate": 5e-3, "log_every": 15, "checkpoint_every": 60}
     spec = spec_of(NAME, shards, tmp_path / "run", **changes)
     found = recipe.load(NAME)
     settings = found.Settings(**spec.settings)
