@@ -2,8 +2,8 @@
 
 Tokens made elsewhere are a table of codes (.parquet, .arrow, .feather, .jsonl) with the columns `name` and `chain` as
 the shards have them, `codes` (integers, one a residue of that row, -1 for a residue without one) and, where they are
-needed to tell rows apart, `model` (default 1, the first) and `copy` (default 0); and what the codes stand for, [K, D] as .npy
-or .safetensors with one tensor.
+needed to tell rows apart, `model` (default 1, the first) and `copy` (default 0); and what the codes stand for, [K, D]
+as .npy or .safetensors with one tensor.
 """
 
 import io

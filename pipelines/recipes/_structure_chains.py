@@ -20,8 +20,6 @@ from vqcore.superposition import dihedrals
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
-LABELS = ("contact", "secondary")
-"""Made by ingest from annotations of known meaning; other labels are columns of the user's table."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +66,12 @@ def gather(reader: ShardReader, split: str, tokens: ProteinTokens, labels: Seque
         for name in labels:
             flat[name] += [np.asarray(row, np.float32) for row in stored[name]]
     shapes = {"angles": (0, 6), "alphas": (0, 3)}
-    joined = {
-        name: np.concatenate(parts) if parts else np.zeros(shapes.get(name, (0,))) for name, parts in flat.items()
-    }
+    whole = {name: np.concatenate(parts or [np.zeros(shapes.get(name, (0,)))]) for name, parts in flat.items()}
     offsets = np.cumsum([0, *lengths]).astype(np.int64)
-    found = {name: joined[name].astype(np.float32) for name in labels}
+    floats = {name: values.astype(np.float32) for name, values in whole.items() if name != "codes"}
+    found = {name: floats[name] for name in labels}
     named = [(str(name), str(chain), int(copy), int(model)) for name, chain, copy, model in keys]
-    return Chains(named, offsets, joined["codes"].astype(np.int64), joined["angles"], joined["alphas"], found)
+    return Chains(named, offsets, whole["codes"].astype(np.int64), floats["angles"], floats["alphas"], found)
 
 
 def joined(parts: Sequence[Chains]) -> Chains:

@@ -12,8 +12,8 @@
     split = "cath"                or shards: the splits that ingest decided
     cath = "cath.csv"             file, chain, code (C.A.T.H in full)
 
-Without a file every label of the shards is a task: `contact` binary, `secondary` as helix, strand and other, `b_factors`
-a regression, and a column of the table binary where it holds 0 and 1 only, else a regression.
+Without a file every label of the shards is a task: `contact` binary, `secondary` as helix, strand and other,
+`b_factors` a regression, and a column of the table binary where it holds 0 and 1 only, else a regression.
 
 The twelve public tasks of StructTokenBench (Yuan et al. 2025) are a folder of structures each, ingested with its table
 (`--set table=labels.csv values=LABEL`; one row a residue, zeros too), and a definition. All are `level = "residue"`
@@ -34,6 +34,7 @@ which one ingest holds one.)
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -211,7 +212,7 @@ def division_of(task: Task, chains: Chains, sizes: Mapping[str, int], seed: int)
         division = Division(division.train, tests)
     else:
         ends = np.cumsum([0, *(sizes[split] for split in ("train", "valid", "test"))]).tolist()
-        train, valid, test = (list(range(*pair)) for pair in zip(ends[:-1], ends[1:], strict=True))
+        train, valid, test = (list(range(*pair)) for pair in pairwise(ends))
         division = Division(train, {"test": (valid, test)} if valid and test else {})
     if not division.train or not division.tests:
         raise Skipped(
