@@ -34,10 +34,14 @@ def protein(name: str, drawn: np.random.Generator, length: int, **more: Any) -> 
         "backbone": backbone_of(drawn, length).astype(np.float32), "atoms": np.ones((length, 4), np.uint8),
         "residues": residues.astype(np.int8), "numbers": np.arange(1, length + 1, dtype=np.int32),
         "insertions": np.zeros(length, np.uint8),
-        "b_factors": (10.0 * residues + drawn.uniform(size=length)).astype(np.float32),
-        "contact": (residues < 4).astype(np.float32), "secondary": (residues % 3).astype(np.float32),
-        "unmatched": 0, "notes": "", **more,
+        "unmatched": 0, "notes": "",
+        **labels_of(residues), **more,
     }  # fmt: skip
+
+
+def labels_of(residues: np.ndarray) -> dict[str, np.ndarray]:
+    found = {"contact": residues < 4, "secondary": residues % 3, "b_factors": 10 * residues}
+    return {name: values.astype(np.float32) for name, values in found.items()}
 
 
 def make_protein_shards(home: Path, rows: list[tuple[str, Mapping[str, Any]]], **settings: Any) -> str:
@@ -72,6 +76,7 @@ def complexes(count: int = 12, seed: int = 0) -> list[tuple[str, dict[str, Any]]
         second = {
             **first, "name": f"c{number:02d}/c{number:02d}{SUFFIXES[1]}.pdb",
             "backbone": (first["backbone"] + noise).astype(np.float32), "residues": residues.astype(np.int8),
+            **labels_of(residues),
         }  # fmt: skip
         rows += [(split, first), (split, second)]
     return rows
