@@ -297,8 +297,8 @@ def rebuilt(
         found = model.backbone(states)
         both = backbone.shape[1] - start
         over = mask[:, start : start + both].repeat_interleave(3, 1)
-        by = superposition.motion(found[:, :both].flatten(1, 2), backbone[:, start:].flatten(1, 2), over)
-        laid = superposition.moved(found.flatten(1, 2), by).unflatten(1, (-1, 3)).to(backbone.dtype)
+        motion = superposition.superpose(found[:, :both].flatten(1, 2), backbone[:, start:].flatten(1, 2), over)
+        laid = motion.move(found.flatten(1, 2)).unflatten(1, (-1, 3)).to(backbone.dtype)
         backbone = torch.cat([backbone, laid[:, both:]], 1)
         kinds = torch.cat([kinds, model.residues(states)[:, both:]], 1)
     return backbone, kinds
