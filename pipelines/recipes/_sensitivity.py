@@ -129,13 +129,13 @@ def _unit(vectors: Floats) -> npt.NDArray[np.float64]:
 
 
 def similarities(
-    pairs: Sequence[Pair], vectors: Mapping[str, Sequence[Floats]], alphas: Sequence[Floats], seconds: float
+    pairs: Sequence[Pair], vectors: Mapping[str, Mapping[int, Floats]], alphas: Mapping[int, Floats], seconds: float
 ) -> dict[str, Any]:
     """What is told of pairs: every s and t, and their correlations for each kind of vectors.
 
     Args:
-        vectors: name -> of each chain [L, D], its residues with a code only.
-        alphas: of each chain [L, 3].
+        vectors: name -> chain -> [L, D], its residues with a code only.
+        alphas: chain -> [L, 3] of the same residues.
         seconds: for one run of TM-align at most; pairs that take longer are left out and counted.
     """
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Tasks on tiny shards: what tokens hold of the labels is read from them, and from geometry that holds nothing is not."""
+"""Tasks on tiny shards: what tokens hold of labels is read from them, and from geometry that holds nothing is not."""
 
 import pytest
 import torch

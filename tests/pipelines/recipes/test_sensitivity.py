@@ -79,7 +79,7 @@ def test_correlations_are_of_the_scores_with_tm_scores():
         alphas += [walk, walk + 1.5 * number * drawn.normal(size=walk.shape)]
         tokens += [book, book + 0.3 * number * vectors(40, seed=50 + number)]
     pairs = [sensitivity.Pair(2 * n, 2 * n + 1, str(n)) for n in range(6)]
-    found = sensitivity.similarities(pairs, {"codes": tokens}, alphas, seconds=60)
+    found = sensitivity.similarities(pairs, {"codes": dict(enumerate(tokens))}, dict(enumerate(alphas)), seconds=60)
     t = [row["tm"] for row in found["each"]]
     assert t[0] == pytest.approx(1.0, abs=1e-3)
     s = [by_hand(tokens[one], tokens[other]) for one, other, _ in pairs]
