@@ -22,6 +22,7 @@ Settings where the source gives none, or where it is not followed by default (`f
 import itertools
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -32,7 +33,10 @@ from torch.optim import AdamW, Optimizer
 
 from pipelines.corpora._protein_residues import UNKNOWN
 from pipelines.errors import Failed, Refused
-from pipelines.recipe import Batch, Losses, Measured, Recipe, Settings, Share, Stage
+from pipelines.recipe import Batch, Losses, Measured, Recipe, Report, ReportJob, Settings, Share, Stage
+from pipelines.recipes import _structure_report as structure
+from pipelines.recipes._protein_tokens import ProteinTokens, tokens_of
+from pipelines.trained import Trained
 from vqcore import backbone_losses, frames, metrics, noise, seeding, superposition
 from vqcore.networks.backbone import BackboneHead, PairHead, residue_head
 from vqcore.networks.rotary import RotaryTransformer
@@ -369,6 +373,28 @@ def geometry(model: StructureTokenizer, counts: Float[Tensor, "1 K"]) -> dict[st
     return metrics.alikeness(model.quantizer.codebook.vectors[counts[0] > 0])
 
 
+def tokens(trained: Trained) -> ProteinTokens:
+    """Codes with what else the report asks about: the vectors before them, and the backbones after."""
+    model: StructureTokenizer = trained.model
+
+    def latents(batch: Batch) -> Float[Tensor, "B L D"]:
+        with torch.inference_mode():
+            return model.latents(batch)[0]
+
+    def decoded(vectors: Float[Tensor, "B L D"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "B L 3 3"]:
+        with torch.inference_mode():
+            return rebuilt(model, vectors, mask)[0]
+
+    s = model.settings
+    name = "AminoAseed" if s.quantizer == "reparameterized" else "VanillaVQ"
+    what = f"{name}, {s.num_codes} codes of {s.code_dim} dimensions"
+    return replace(tokens_of(trained), what=what, latents=latents, rebuilt=decoded)
+
+
+def write_report(job: ReportJob) -> dict[str, float]:
+    return structure.write(job, tokens(job.trained))
+
+
 recipe = Recipe(
     corpus=("proteins",),
     Settings=StructureSettings,
@@ -382,6 +408,7 @@ recipe = Recipe(
     summarise=summarise,
     geometry=geometry,
     distortion="rmsd",
+    report=Report(structure.StructureReportSettings, write_report, structure.FILES, structure.refuse),
     space={
         "num_codes": "choice:256,512,1024,2048,4096",
         "code_dim": "choice:128,256,512,1024,2048",
