@@ -375,7 +375,7 @@ def geometry(model: StructureTokenizer, counts: Float[Tensor, "1 K"]) -> dict[st
 
 def tokens(trained: Trained) -> ProteinTokens:
     """Codes with what else the report asks about: the vectors before them, and the backbones after."""
-    model: StructureTokenizer = trained.model
+    model: Any = trained.model
 
     def latents(batch: Batch) -> Float[Tensor, "B L D"]:
         with torch.inference_mode():
