@@ -12,6 +12,8 @@ IDEAL = ((-0.525, 1.363, 0.0), (0.0, 0.0, 0.0), (1.526, 0.0, 0.0))
 """N, CA and C of a residue in its own frame, in Angstrom (mean bond lengths and angle)."""
 SHORTEST = 1e-2
 """Of a bond, and of what of N - CA is at right angles to C - CA, in Angstrom; below it there is no frame."""
+LONGEST = 3.0
+"""Angstrom from CA to N or C; atoms farther apart are placeholders (9999.000) or broken, and no residue."""
 QUERIES = 256
 """Residues whose neighbours are looked for at a time: memory stays linear in the length."""
 
@@ -21,10 +23,12 @@ def frames_of(
 ) -> tuple[Float[Tensor, "*L 3 3"], Float[Tensor, "*L 3"], Bool[Tensor, "*L"]]:
     """(rotation R, origin t, whether there is one): x = R local + t; t is CA, the first axis points to C, N has y > 0.
 
-    Where atoms coincide or lie on a line there is no frame: R is the identity there, t still CA.
+    Where atoms coincide, lie on a line or are no residue's, there is no frame: R is the identity there, t still CA.
     """
     nitrogen, alpha, carbon = (backbone[..., atom, :] for atom in (NITROGEN, ALPHA, CARBON))
     rotation, there = _axes(carbon - alpha, nitrogen - alpha, SHORTEST)
+    for atom in (nitrogen, carbon):
+        there = there & ((atom - alpha).square().sum(-1) < LONGEST**2)
     return torch.where(there[..., None, None], rotation, torch.eye(3).to(rotation)), alpha, there
 
 

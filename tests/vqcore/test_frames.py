@@ -41,11 +41,13 @@ def test_a_residue_put_at_its_own_frame_is_where_it_was():
     assert (real - UBIQUITIN[:, :3]).norm(dim=-1).max() < 0.2
 
 
-def test_atoms_that_coincide_or_lie_on_a_line_have_no_frame():
+def test_atoms_that_coincide_lie_on_a_line_or_are_placeholders_have_no_frame():
     line = torch.tensor([[0.0, 0, 0], [1, 0, 0], [2, 0, 0]])
-    rotation, _, there = frames.frames_of(torch.stack([torch.zeros(3, 3), line, UBIQUITIN[0, :3]]))
-    assert there.tolist() == [False, False, True]
-    assert torch.equal(rotation[:2], torch.eye(3).expand(2, 3, 3))
+    placeholder = UBIQUITIN[0, :3].clone()
+    placeholder[1] = 9999.0
+    rotation, _, there = frames.frames_of(torch.stack([torch.zeros(3, 3), line, placeholder, UBIQUITIN[0, :3]]))
+    assert there.tolist() == [False, False, False, True]
+    assert torch.equal(rotation[:3], torch.eye(3).expand(3, 3, 3))
 
 
 def test_six_numbers_are_a_rotation_and_its_own_columns_give_it_back():
