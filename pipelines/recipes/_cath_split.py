@@ -50,6 +50,7 @@ def read_cath(uri: str) -> dict[Place, str]:
     Raises:
         Refused: no such file, another form of table, a code that is not C.A.T.H in full.
     """
+    uri = storage.normalise(uri)
     if not storage.exists(uri):
         raise Refused(f"cath={uri} does not exist; give a CSV with the columns {', '.join(COLUMNS)}.")
     try:

@@ -74,12 +74,12 @@ def _answers(task: Task, asked: Asked, plan: Plan, kmeans: bool, seed: int) -> d
     train = tasks.units_of(task, asked.chains, division.train, targets)
     targets, names, dropped = _learnable(task, targets, names, train)
     train = train[~np.isnan(targets[train])]
-    tests = {}
+    tests: dict[str, tuple[Ints, Ints]] = {}
     for name, pair in division.tests.items():
         valid, test = (tasks.units_of(task, asked.chains, part, targets) for part in pair)
         tests[name] = valid, test
     goal = Goal(task.kind, targets, max(1, len(names)), task.level == "chain")
-    _check_parts(goal, tests)
+    tests, lost = _askable(goal, tests)
     methods = {"codes": _of_codes(asked), **_others(asked, division.train, kmeans, seed)}
     found: dict[str, dict[str, Any]] = {
         name: {"train": len(train), "valid": len(valid), "test": len(test), "scores": {}}
@@ -91,6 +91,7 @@ def _answers(task: Task, asked: Asked, plan: Plan, kmeans: bool, seed: int) -> d
     for name, (_, test) in tests.items():
         found[name]["scores"]["control"] = {"score": probes.control(goal, train, test)}
     notes = [f"classes left out for want of train examples: {', '.join(dropped)}"] if dropped else []
+    notes += lost
     if "dihedrals" in methods:
         notes += _fewer(asked, division.train)
     return {"tests": found, "classes": list(names), "notes": notes}
@@ -120,15 +121,24 @@ def _learnable(
     return targets, names, dropped
 
 
-def _check_parts(goal: Goal, tests: Mapping[str, tuple[Ints, Ints]]) -> None:
+def _askable(goal: Goal, tests: Mapping[str, tuple[Ints, Ints]]) -> tuple[dict[str, tuple[Ints, Ints]], list[str]]:
+    """The tests whose metric is defined on both parts, and why others are not among them.
+
+    Raises:
+        Skipped: there is none.
+    """
+    lost: dict[str, str] = {}
     for name, pair in tests.items():
         for part, units in zip(("valid", "test"), pair, strict=True):
             held = len(np.unique(goal.targets[units]))
             if not held or (goal.kind != "classes" and held < 2):
-                raise Skipped(
+                lost[name] = (
                     f"the {part} part of {name} has {len(units)} examples of {held} different values, of which"
                     f" {probes.METRIC[goal.kind]} is undefined; more chains are needed."
                 )
+    if len(lost) == len(tests):
+        raise Skipped(" ".join(lost.values()))
+    return {name: pair for name, pair in tests.items() if name not in lost}, list(lost.values())
 
 
 def _of_codes(asked: Asked) -> Residues:

@@ -52,7 +52,10 @@ def reconstruction(reader: ShardReader, split: str, tokens: ProteinTokens) -> di
                     scores = compared(guess(batch).cpu(), batch.columns["backbone"][:, :, :3], mask)
                 for measure, values in scores.items():
                     found[name][measure].append(values[keep])
-    return {name: _summary({measure: torch.cat(parts) for measure, parts in of.items()}) for name, of in found.items()}
+    return {
+        name: _summary({measure: torch.cat([torch.zeros(0), *parts]) for measure, parts in of.items()})
+        for name, of in found.items()
+    }
 
 
 def compared(

@@ -24,6 +24,7 @@ from pipelines.recipes._cath_split import read_cath
 from pipelines.recipes._protein_tokens import ProteinTokens, read_tokens
 from pipelines.recipes._structure_page import page_of
 from pipelines.recipes._structure_sections import Sections, shards_of, tasks_of
+from pipelines.shards import ShardReader
 
 FILES = ("structure.html", "structure.json")
 FORMAT, VERSION = "vqray-structure", 1
@@ -83,16 +84,29 @@ def refuse(job: ReportJob) -> None:
     if s.tokens is not None:
         read_tokens(s.tokens, s.vectors).on(job.reader)
     for task in tasks_of(job):
-        tasks.check_label(task, shards_of(job, task.shards))
+        reader = shards_of(job, task.shards)
+        tasks.check_label(task, reader)
+        _check_residues(job, reader)
         if task.cath is not None:
             read_cath(task.cath)
     if s.pairs is not None:
         reader = shards_of(job, s.pairs_shards)
         if reader.manifest.kind != "proteins":
             raise Refused(f"pairs_shards={s.pairs_shards} holds {reader.manifest.kind}; give shards of proteins.")
+        _check_residues(job, reader)
         sensitivity.pairs_of_table(storage.normalise(s.pairs), [])
     for place in s.beside:
         _other(job, place)
+
+
+def _check_residues(job: ReportJob, reader: ShardReader) -> None:
+    """Labels may differ between shards, but not which residues a chain has: the tokens were learned on such."""
+    here, there = (one.manifest.settings["missing"] for one in (job.reader, reader))
+    if here != there:
+        raise Refused(
+            f"{reader.uri} was ingested with missing={there}, and the report's shards with missing={here}: ingest"
+            " both alike."
+        )
 
 
 def write(job: ReportJob, tokens: ProteinTokens) -> dict[str, float]:

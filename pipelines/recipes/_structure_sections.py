@@ -105,7 +105,7 @@ class Sections:
 
     def _similarities(self, pairs: list[Pair], reader: ShardReader, split: str, chains: Chains) -> dict[str, Any]:
         tokens = self.tokens.on(reader)
-        book, coded = tokens.vectors.numpy(), chains.codes >= 0
+        book, coded = tokens.vectors.numpy(), (chains.codes >= 0) & ~np.isnan(chains.alphas).any(1)
         chosen = {chain for pair in pairs for chain in pair[:2]}
         with tempfile.TemporaryDirectory() as scratch:
             vectors = {"codes": _cut(chains, chosen, lambda kept: book[chains.codes[kept]], coded)}

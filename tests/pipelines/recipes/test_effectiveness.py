@@ -1,12 +1,13 @@
 """Tasks on tiny shards: what tokens hold of labels is read from them, and from geometry that holds nothing is not."""
 
+import numpy as np
 import pytest
 import torch
 
 from pipelines.recipes import _effectiveness as effects
 from pipelines.recipes import _structure_tasks as tasks
 from pipelines.recipes._protein_tokens import ProteinTokens
-from pipelines.recipes._structure_probe import Plan
+from pipelines.recipes._structure_probe import Goal, Plan
 from pipelines.shards import ShardReader
 from tests.pipelines.protein_shards import CODES, complexes, make_protein_shards
 
@@ -100,3 +101,13 @@ def test_a_cath_split_asks_two_tests(reader, asked, tmp_path):
     found = answer(reader, asked, "contact", split="cath", cath=str(tmp_path / "cath.csv"))
     assert list(found["tests"]) == ["fold"]
     assert found["tests"]["fold"]["scores"]["codes"]["score"] > 0.9
+
+
+def test_a_test_without_both_classes_is_left_out_and_the_others_are_asked():
+    goal = Goal("binary", np.array([0, 1, 1, 1, 0, 1], np.float32), 1)
+    both, ones = np.array([0, 1]), np.array([1, 2])
+    kept, lost = effects._askable(goal, {"fold": (both, ones), "superfamily": (both, both)})
+    assert list(kept) == ["superfamily"]
+    assert "the test part of fold has 2 examples of 1 different values" in lost[0]
+    with pytest.raises(tasks.Skipped, match="valid part of fold"):
+        effects._askable(goal, {"fold": (ones, both)})
