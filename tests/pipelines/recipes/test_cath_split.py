@@ -60,6 +60,14 @@ def test_a_fold_with_too_few_superfamilies_is_trained_on():
     assert divide(places, codes, seed=42).tests["fold"] != ([], [])
 
 
+def test_other_shares_hold_out_more():
+    places, codes = made(superfamilies=4)
+    division = divide(places, codes, seed=42, shares=(0.5, 0.2, 0.4))
+    valid, test = division.tests["fold"]
+    assert len({codes[n] for n in (*valid, *test)}) == 6 * 2
+    assert len(valid) == pytest.approx(0.4 * (len(valid) + len(test)))
+
+
 def test_the_same_seed_splits_alike_in_any_order_and_another_does_not():
     places, codes = made()
     order = np.random.default_rng(0).permutation(len(places))
