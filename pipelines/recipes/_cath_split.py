@@ -7,6 +7,8 @@ StructTokenBench's rule (Yuan et al. 2025, its code's `splitting_dataset`):
 2. of every superfamily that is left, 20 % of its proteins: the `superfamily` test;
 3. 20 % of each test set becomes the valid set that belongs to it.
 
+These are `SHARES`; ProteinGLUE's epitopes take 50 %, 20 % and 40 % instead.
+
 The authors split by bare T and H numbers, which merges all folds that share a number; here codes are C.A.T.H in full.
 A protein is a file: chains of one file and superfamily stay together.
 """
@@ -26,8 +28,10 @@ from pipelines.corpora._protein_annotations import stem_of
 from pipelines.errors import Refused
 
 CODE = re.compile(r"\d+\.\d+\.\d+\.\d+")
-FOLD_SHARE, SUPERFAMILY_SHARE, VALID_SHARE = 0.4, 0.2, 0.2
 COLUMNS = ("file", "chain", "code")
+
+SHARES = (0.4, 0.2, 0.2)
+"""Of superfamilies for the fold test, of proteins for the superfamily test, of each test for its valid set."""
 
 T = TypeVar("T")
 
@@ -83,7 +87,9 @@ def codes_for(places: Sequence[Place], cath: Mapping[Place, str]) -> list[str | 
     return found
 
 
-def divide(places: Sequence[Place], codes: Sequence[str | None], seed: int) -> Division:
+def divide(
+    places: Sequence[Place], codes: Sequence[str | None], seed: int, shares: tuple[float, float, float] = SHARES
+) -> Division:
     """Split chains by the rule above; chains without a code are in no part. The same for any order of chains."""
     proteins: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, ((name, _), code) in enumerate(zip(places, codes, strict=True)):
@@ -97,16 +103,16 @@ def divide(places: Sequence[Place], codes: Sequence[str | None], seed: int) -> D
     tests: dict[str, list[list[int]]] = {"fold": [], "superfamily": []}
     kept: list[str] = []
     for _, members in sorted(folds.items()):
-        held, rest = _cut(members, FOLD_SHARE, drawn)
+        held, rest = _cut(members, shares[0], drawn)
         kept += sorted(rest)
         tests["fold"] += [chains for code in sorted(held) for _, chains in sorted(proteins[code].items())]
     for code in kept:
-        held, rest = _cut(sorted(proteins[code]), SUPERFAMILY_SHARE, drawn)
+        held, rest = _cut(sorted(proteins[code]), shares[1], drawn)
         tests["superfamily"] += [proteins[code][name] for name in sorted(held)]
         train += [proteins[code][name] for name in sorted(rest)]
     parts = {}
     for name, units in tests.items():
-        valid, test = _cut(range(len(units)), VALID_SHARE, drawn)
+        valid, test = _cut(range(len(units)), shares[2], drawn)
         parts[name] = (_flat([units[n] for n in valid]), _flat([units[n] for n in test]))
     return Division(_flat(train), parts)
 

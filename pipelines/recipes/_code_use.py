@@ -20,7 +20,7 @@ BINS = 400
 """Of the histogram of cosines from -1 to 1; quantiles are exact to half a bin."""
 SHOWN = 80
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-BLOCK = 1024
+BLOCK_VALUES = 2**22
 
 
 def efficiency(counts: Int64[Tensor, " K"]) -> dict[str, float]:
@@ -43,17 +43,18 @@ def efficiency(counts: Int64[Tensor, " K"]) -> dict[str, float]:
 def distinctiveness(vectors: Float[Tensor, "K D"], counts: Int64[Tensor, " K"]) -> dict[str, Any]:
     """Cosines of all pairs of different codes, each pair alike (`all`) or weighing count_i x count_j (`used`).
 
-    The cosine with a vector of length 0 is 0. Memory: a block of 1,024 x K.
+    The cosine with a vector of length 0 is 0. Memory: some blocks of 2^22 cosines.
     """
     directions = unit(vectors.double())
     weights = counts.double() / max(1, int(counts.sum()))
     sums = {name: np.zeros(4) for name in ("all", "used")}
     bins = {name: np.zeros(BINS) for name in sums}
-    for begin in range(0, len(directions), BLOCK):
-        cosines = (directions[begin : begin + BLOCK] @ directions.T).clamp(-1, 1)
+    block = max(1, BLOCK_VALUES // len(directions))
+    for begin in range(0, len(directions), block):
+        cosines = (directions[begin : begin + block] @ directions.T).clamp(-1, 1)
         rows = torch.arange(len(cosines))
         for name in sums:
-            pair = torch.ones_like(cosines) if name == "all" else weights[begin : begin + BLOCK, None] * weights
+            pair = torch.ones_like(cosines) if name == "all" else weights[begin : begin + block, None] * weights
             pair[rows, rows + begin] = 0.0
             moments = (pair, pair * cosines, pair * cosines.abs(), pair * cosines.square())
             sums[name] += [float(moment.sum()) for moment in moments]

@@ -122,6 +122,11 @@ def alignment_score(one: Floats, other: Floats) -> int:
     return int(align_optimal(*sequences, matrix, gap_penalty=GAP, terminal_penalty=True, max_number=1)[0].score)
 
 
+def self_score(vectors: Floats) -> int:
+    """`alignment_score` with itself: no match is above 100, and on the diagonal all are but those of zeros."""
+    return 100 * int((vectors != 0).any(1).sum())
+
+
 def _unit(vectors: Floats) -> npt.NDArray[np.float64]:
     wide = vectors.astype(np.float64)
     lengths = np.linalg.norm(wide, axis=1, keepdims=True)
@@ -150,8 +155,8 @@ def similarities(
             row: dict[str, Any] = {"pair": pair.name, "tm": target}
             for name, of in vectors.items():
                 raw = alignment_score(of[pair.one], of[pair.other])
-                own = (alignment_score(of[n], of[n]) for n in (pair.one, pair.other))
-                row[name] = {"raw": raw, "normalised": 2 * raw / max(1, sum(own))}
+                own = self_score(of[pair.one]) + self_score(of[pair.other])
+                row[name] = {"raw": raw, "normalised": 2 * raw / max(1, own)}
             rows.append(row)
     told = {name: _correlations(rows, name) for name in vectors}
     return {"pairs": len(rows), "left_out": left, "correlations": told, "each": rows}

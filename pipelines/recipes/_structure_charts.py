@@ -66,8 +66,8 @@ def bars(groups: Sequence[tuple[str, Mapping[str, float | None]]], caption: str)
 
     drawn, y = [], 26.0
     for place, name in enumerate(methods):
-        drawn.append(_box(left + 130 * place - 150, 6, 9, 9, COLOURS[place]))
-        drawn.append(_text(left + 130 * place - 137, 14, METHODS[name].partition(" (")[0], "soft"))
+        drawn.append(_box(left + 140 * place - 150, 6, 9, 9, COLOURS[place]))
+        drawn.append(_text(left + 140 * place - 137, 14, METHODS[name].partition(" (")[0], "soft"))
     for name, scores in groups:
         drawn.append(_text(8, y + 6 + len(methods) * step / 2, name[:30]))
         for place, method in enumerate(methods):

@@ -11,6 +11,7 @@
     shards = "URI"                default: those of the report
     split = "cath"                or shards: the splits that ingest decided
     cath = "cath.csv"             file, chain, code (C.A.T.H in full)
+    shares = [0.4, 0.2, 0.2]      of that split: see `_cath_split.py`
 
 Without a file every label of the shards is a task: `contact` binary, `secondary` as helix, strand and other,
 `b_factors` a regression, and a column of the table binary where it holds 0 and 1 only, else a regression.
@@ -23,13 +24,13 @@ unless said; `split = "cath"` gives their fold and superfamily tests:
     BindBio, CatBio             BioLIP2                          kind = "binary"        split = "cath"
     BindShake                   ProteinShake                     kind = "binary"        split = "shards"
     Ept                         ProteinGLUE epitopes             kind = "binary"        split = "cath"
+                                                                 shares = [0.5, 0.2, 0.4]
     FlexRMSF                    ATLAS                            kind = "regression"    split = "cath"
     FlexBFactor                 ATLAS, label = "b_factors"       kind = "regression"    scale = 0.01   split = "cath"
     FlexNEQ                     ATLAS                            kind = "regression"    scale = 0.1    split = "cath"
     Homo                        TAPE remote homology, fold       kind = "classes"       level = "chain"   least = 50
 
-(The authors cut ProteinGLUE by other shares than the rest, which this split does not copy; and Homo has three tests, of
-which one ingest holds one.)
+(Homo has three tests, by fold, superfamily and family, of which one ingest holds one.)
 """
 
 import tomllib
@@ -44,7 +45,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pipelines import storage
 from pipelines.corpora._protein_annotations import SECONDARY
 from pipelines.errors import Refused, nearest_names
-from pipelines.recipes._cath_split import Division, codes_for, divide, read_cath
+from pipelines.recipes._cath_split import SHARES, Division, codes_for, divide, read_cath
 from pipelines.recipes._structure_chains import Chains, Floats, Ints
 from pipelines.shards import ShardReader
 
@@ -70,11 +71,14 @@ class Task(BaseModel):
     shards: str | None = None
     split: Literal["shards", "cath"] = "shards"
     cath: str | None = None
+    shares: tuple[float, float, float] = SHARES
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> "Task":
         if (self.split == "cath") != (self.cath is not None):
             raise ValueError('split = "cath" and cath = "FILE" go together')
+        if not all(0 < share < 1 for share in self.shares):
+            raise ValueError("shares are three numbers between 0 and 1")
         if self.classes is not None and self.kind != "classes":
             raise ValueError(f'classes are for kind = "classes", and this task is {self.kind}')
         if self.scale != 1.0 and self.kind != "regression":
@@ -207,7 +211,7 @@ def division_of(task: Task, chains: Chains, sizes: Mapping[str, int], seed: int)
     """
     if task.cath is not None:
         places = [(name, chain) for name, chain, _, _ in chains.keys]
-        division = divide(places, codes_for(places, read_cath(task.cath)), seed)
+        division = divide(places, codes_for(places, read_cath(task.cath)), seed, task.shares)
         tests = {name: pair for name, pair in division.tests.items() if all(pair)}
         division = Division(division.train, tests)
     else:

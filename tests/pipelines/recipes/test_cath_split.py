@@ -60,6 +60,22 @@ def test_a_fold_with_too_few_superfamilies_is_trained_on():
     assert divide(places, codes, seed=42).tests["fold"] != ([], [])
 
 
+def test_folds_and_superfamilies_that_share_numbers_are_not_merged():
+    # Two superfamilies a fold, so nothing is held out whole, though there are six different H and three different T.
+    places = [(f"f{fold}h{family}.pdb", "A") for fold in range(6) for family in range(2)]
+    codes = [f"{fold}.40.{fold % 3}.{fold % 3 + 3 * family}" for fold in range(6) for family in range(2)]
+    division = divide(places, codes, seed=42)
+    assert division.train == list(range(12))
+
+
+def test_other_shares_hold_out_more():
+    places, codes = made(superfamilies=4)
+    division = divide(places, codes, seed=42, shares=(0.5, 0.2, 0.4))
+    valid, test = division.tests["fold"]
+    assert len({codes[n] for n in (*valid, *test)}) == 6 * 2
+    assert len(valid) == pytest.approx(0.4 * (len(valid) + len(test)))
+
+
 def test_the_same_seed_splits_alike_in_any_order_and_another_does_not():
     places, codes = made()
     order = np.random.default_rng(0).permutation(len(places))

@@ -1,5 +1,7 @@
 """Tasks on tiny shards: what tokens hold of labels is read from them, and from geometry that holds nothing is not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -62,8 +64,6 @@ def test_clusters_are_as_many_as_codes_and_fitted_on_train_alone(reader, asked):
     assert len(residues.look_up(every).unique(dim=0)) == CODES // 2
     spoilt = asked.chains.angles.copy()
     spoilt[asked.chains.offsets[len(train)] :] = 9.0
-    from dataclasses import replace
-
     other = effects._clustered(replace(asked, chains=replace(asked.chains, angles=spoilt)), train, seed=0)
     places = effects._residues_of(asked, train)
     assert torch.equal(residues.look_up(places), other.look_up(places))

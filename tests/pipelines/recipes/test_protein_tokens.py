@@ -1,6 +1,7 @@
 """Tokens made elsewhere are matched to rows, and what does not fit is refused and says why."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,16 @@ from pipelines.recipes import _structure_chains as chains
 from pipelines.shards import ShardReader
 from tests.pipelines.protein_shards import CODES, complexes, make_protein_shards
 from vqcore.quantizers import VectorQuantizer
+
+
+class Planted:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (self.place,)
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +104,10 @@ def test_vectors_may_be_safetensors_and_are_never_unpickled(tmp_path):
     codes, book = written(tmp_path, lines_of(complexes(6)))
     save_file({"book": torch.eye(CODES)}, tmp_path / "v.safetensors")
     assert torch.equal(tokens.read_tokens(codes, str(tmp_path / "v.safetensors")).vectors, torch.eye(CODES))
-    np.save(tmp_path / "bad.npy", np.array([[None, "x"]], object), allow_pickle=True)
+    np.save(tmp_path / "bad.npy", np.array([Planted(str(tmp_path / "ran"))], object))
     with pytest.raises(Refused, match="cannot be read"):
         tokens.read_tokens(codes, str(tmp_path / "bad.npy"))
+    assert not (tmp_path / "ran").exists()
     with pytest.raises(Refused, match=r"allowed are \.npy and \.safetensors"):
         tokens.read_tokens(codes, codes)
     with pytest.raises(Refused, match="does not exist"):

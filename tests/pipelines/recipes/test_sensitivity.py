@@ -19,7 +19,10 @@ def vectors(length: int, seed: int = 0, width: int = 6) -> np.ndarray:
 
 def by_hand(one: np.ndarray, other: np.ndarray) -> int:
     """Needleman and Wunsch's table."""
-    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (one.astype(float), other.astype(float))]
+    unit = [
+        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30)
+        for x in (one.astype(float), other.astype(float))
+    ]
     match = np.rint(100 * unit[0] @ unit[1].T)
     table = np.zeros((len(one) + 1, len(other) + 1))
     table[:, 0], table[0] = -10 * np.arange(len(one) + 1), -10 * np.arange(len(other) + 1)
@@ -40,6 +43,12 @@ def test_a_sequence_with_itself_scores_a_hundred_a_residue_at_any_scale():
     book = vectors(300, width=32)
     codes = np.random.default_rng(2).integers(300, size=700)
     assert sensitivity.alignment_score(book[codes], 1e-3 * book[codes]) == 100 * 700
+
+
+def test_the_score_with_itself_needs_no_alignment():
+    book = vectors(20)
+    book[[3, 4, 11]] = 0
+    assert sensitivity.self_score(book) == by_hand(book, book) == sensitivity.alignment_score(book, book) == 1700
 
 
 def test_gaps_count_at_the_ends_too():

@@ -149,6 +149,7 @@ def test_tasks_of_other_shards_and_pairs_of_a_table(shards, tmp_path):
     other = make_protein_shards(tmp_path / "other", complexes(8, seed=1))
     (tmp_path / "tasks.toml").write_text(
         f'[[task]]\nname = "far <b>"\nlabel = "contact"\nkind = "binary"\nshards = "{other}"\n'
+        f'[[task]]\nname = "<i>none"\nlabel = "secondary"\nkind = "binary"\nshards = "{other}"\n'
     )
     (tmp_path / "pairs.csv").write_text(
         "a,chain_a,b,chain_b\n" + "".join(f"c0{n}_u,A,c0{n}_b-matched,A\n" for n in range(8)) + "gone,A,c00_u,A\n"
@@ -165,7 +166,10 @@ def test_tasks_of_other_shards_and_pairs_of_a_table(shards, tmp_path):
     assert found["effectiveness"]["tasks"][0]["tests"]["test"]["test"] == sum(
         row["length"] for split, row in complexes(8, seed=1) if split == "test"
     )
-    assert "far <b>" not in (tmp_path / "out" / "structure.html").read_text()
+    assert "holds 2" in found["effectiveness"]["tasks"][1]["skipped"]
+    page = (tmp_path / "out" / "structure.html").read_text()
+    assert "&lt;i&gt;none was skipped" in page
+    assert not re.search("<b>|<i>", page)
 
 
 def test_sections_that_cannot_be_measured_say_why(shards, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from pipelines.errors import Refused
 from pipelines.recipes import _structure_tasks as tasks
 from pipelines.recipes._protein_tokens import ProteinTokens
-from pipelines.recipes._structure_chains import Chains, gather
+from pipelines.recipes._structure_chains import Chains, gather, joined
 from pipelines.shards import ShardReader
 from tests.pipelines.protein_shards import CODES, complexes, make_protein_shards
 
@@ -53,6 +53,7 @@ def test_a_file_of_tasks_is_read(tmp_path):
         ('[[task]]\nname = "a"\nlabel = "x"\nkind = "binary"\nlable = 1', "task.0.lable"),
         ('[[task]]\nname = "a"\nlabel = "x"\nkind = "binary"\nsplit = "cath"', "go together"),
         ('[[task]]\nname = "a"\nlabel = "x"\nkind = "binary"\nscale = 2', "scale is for"),
+        ('[[task]]\nname = "a"\nlabel = "x"\nkind = "binary"\nshares = [0.5, 0.5, 1]', "between 0 and 1"),
         ('[[task]]\nname = "a"\nlabel = "x"\nkind = "binary"\n' * 2, "two tasks named a"),
         ("= 3", "no TOML file"),
         ("", "task"),
@@ -117,8 +118,6 @@ def test_units_have_a_code_and_a_target():
 def test_the_shards_splits_are_kept_apart(tmp_path):
     reader = ShardReader(make_protein_shards(tmp_path, complexes(8)))
     parts = {split: gather(reader, split, TOKENS, ("contact",)) for split in ("train", "valid", "test")}
-    from pipelines.recipes._structure_chains import joined
-
     whole = joined(list(parts.values()))
     division = tasks.division_of(task(), whole, {split: len(part) for split, part in parts.items()}, 42)
     valid, test = division.tests["test"]
