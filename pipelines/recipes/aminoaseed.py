@@ -288,10 +288,28 @@ def stages(s: StructureSettings) -> tuple[Stage, ...]:
 def rebuilt(
     model: StructureTokenizer, vectors: Float[Tensor, "B L D"], mask: Bool[Tensor, "B L"]
 ) -> tuple[Float[Tensor, "B L 3 3"], Float[Tensor, "B L 20"]]:
-    """(N, CA and C, logits of residue types) of code vectors.
+    """(N, CA and C, logits of residue types) of code vectors, a chain at a time: attention over L x L of all chains of
+    a batch at once would take gigabytes."""
+    backbone = vectors.new_zeros(*mask.shape, 3, 3)
+    kinds = vectors.new_zeros(*mask.shape, UNKNOWN)
+    for row, length in enumerate(_lengths(mask)):
+        if length:
+            found = _rebuilt_chain(model, vectors[row : row + 1, :length], mask[row : row + 1, :length])
+            backbone[row, :length], kinds[row, :length] = found
+    return backbone, kinds
 
-    Chains of more than max_length come window by window, each half over the one before and laid over it there.
-    """
+
+def _lengths(mask: Bool[Tensor, "B L"]) -> list[int]:
+    """One more than the place of the last residue, 0 where there is none."""
+    places = mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    found: list[int] = places.amax(1).tolist()
+    return found
+
+
+def _rebuilt_chain(
+    model: StructureTokenizer, vectors: Float[Tensor, "1 L D"], mask: Bool[Tensor, "1 L"]
+) -> tuple[Float[Tensor, "L 3 3"], Float[Tensor, "L 20"]]:
+    """A chain of more than max_length comes window by window, each half over the one before and laid over it there."""
     most, length = model.settings.max_length, mask.shape[1]
     states = model.states(vectors[:, :most], mask[:, :most])
     backbone, kinds = model.backbone(states), model.residues(states)
@@ -305,7 +323,7 @@ def rebuilt(
         laid = motion.move(found.flatten(1, 2)).unflatten(1, (-1, 3)).to(backbone.dtype)
         backbone = torch.cat([backbone, laid[:, both:]], 1)
         kinds = torch.cat([kinds, model.residues(states)[:, both:]], 1)
-    return backbone, kinds
+    return backbone[0], kinds[0]
 
 
 def encode(model: StructureTokenizer, batch: Batch) -> Int64[Tensor, "B L"]:
@@ -331,28 +349,33 @@ def measure(model: StructureTokenizer, batch: Batch) -> Measured:
     known = mask & (kinds < UNKNOWN)
     found, types = rebuilt(model, quantized.vectors, mask)
     free, _ = rebuilt(model, z, mask)
-    rows = mask.any(1)
-
-    def over_rows(each: Float[Tensor, " B"]) -> Float[Tensor, ""]:
-        return torch.where(rows, each, 0.0).sum()
-
     return Measured(
         quantized.codes,
         {
-            "chains": rows.sum(),
+            "chains": mask.any(1).sum(),
             "residues": mask.sum(),
             "known": known.sum(),
-            "rmsd": over_rows(_rmsd(found, true, mask)),
-            "rmsd_continuous": over_rows(_rmsd(free, true, mask)),
-            "lddt": over_rows(superposition.lddt(found[:, :, frames.ALPHA], true[:, :, frames.ALPHA], mask)),
+            **likeness(found, true, mask),
+            "rmsd_continuous": likeness(free, true, mask)["rmsd"],
             "recovered": ((types.argmax(-1) == kinds) & known).sum(),
             "quantization": quantized.squared_error / z.shape[-1],
         },
     )
 
 
-def _rmsd(found: Tensor, true: Tensor, mask: Bool[Tensor, "B L"]) -> Float[Tensor, " B"]:
-    return superposition.rmsd(found.flatten(1, 2), true.flatten(1, 2), mask.repeat_interleave(3, 1))
+def likeness(
+    found: Float[Tensor, "B L 3 3"], true: Float[Tensor, "B L 3 3"], mask: Bool[Tensor, "B L"]
+) -> dict[str, Tensor]:
+    """Sums over chains of backbone RMSD and CA-lDDT, a chain at a time (each takes L x L numbers)."""
+    sums = {name: torch.zeros((), dtype=torch.float64, device=mask.device) for name in ("rmsd", "lddt")}
+    for row, length in enumerate(_lengths(mask)):
+        if length:
+            one = slice(row, row + 1), slice(0, length)
+            atoms = mask[one].repeat_interleave(3, 1)
+            sums["rmsd"] += superposition.rmsd(found[one].flatten(1, 2), true[one].flatten(1, 2), atoms).sum()
+            alphas = found[one][:, :, frames.ALPHA], true[one][:, :, frames.ALPHA]
+            sums["lddt"] += superposition.lddt(*alphas, mask[one]).sum()
+    return sums
 
 
 def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
