@@ -34,10 +34,12 @@ from torch.optim import AdamW, Optimizer
 from pipelines.corpora._protein_residues import UNKNOWN
 from pipelines.errors import Failed, Refused
 from pipelines.recipe import Batch, Losses, Measured, Recipe, Report, ReportJob, Settings, Share, Stage
+from pipelines.recipes import _aminoaseed_claims as paper
 from pipelines.recipes import _structure_report as structure
+from pipelines.recipes import _structure_windows as windows
 from pipelines.recipes._protein_tokens import ProteinTokens, tokens_of
 from pipelines.trained import Trained
-from vqcore import backbone_losses, frames, metrics, noise, seeding, superposition
+from vqcore import backbone_losses, frames, metrics, noise, seeding
 from vqcore.networks.backbone import BackboneHead, PairHead, residue_head
 from vqcore.networks.rotary import RotaryTransformer
 from vqcore.networks.structure import StructureEncoder
@@ -89,8 +91,10 @@ class StructureSettings(Settings):
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     # Two cores: an eighth of the widths, half of the decoder's depth, shorter cuts of fewer chains.
+    # And a basis from data: of one from N(0, 1), 4 % of 512 codes were in use after 400 steps.
     "small": {
         "code_dim": 128,
+        "start": "data",
         "crop": 96,
         "encoder_width": 96,
         "encoder_heads": 16,
@@ -288,42 +292,13 @@ def stages(s: StructureSettings) -> tuple[Stage, ...]:
 def rebuilt(
     model: StructureTokenizer, vectors: Float[Tensor, "B L D"], mask: Bool[Tensor, "B L"]
 ) -> tuple[Float[Tensor, "B L 3 3"], Float[Tensor, "B L 20"]]:
-    """(N, CA and C, logits of residue types) of code vectors, a chain at a time: attention over L x L of all chains of
-    a batch at once would take gigabytes."""
-    backbone = vectors.new_zeros(*mask.shape, 3, 3)
-    kinds = vectors.new_zeros(*mask.shape, UNKNOWN)
-    for row, length in enumerate(_lengths(mask)):
-        if length:
-            found = _rebuilt_chain(model, vectors[row : row + 1, :length], mask[row : row + 1, :length])
-            backbone[row, :length], kinds[row, :length] = found
-    return backbone, kinds
+    """(N, CA and C, logits of residue types) of code vectors; longer chains window by window."""
 
+    def decoded(vectors: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        states = model.states(vectors, mask)
+        return model.backbone(states), model.residues(states)
 
-def _lengths(mask: Bool[Tensor, "B L"]) -> list[int]:
-    """One more than the place of the last residue, 0 where there is none."""
-    places = mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    found: list[int] = places.amax(1).tolist()
-    return found
-
-
-def _rebuilt_chain(
-    model: StructureTokenizer, vectors: Float[Tensor, "1 L D"], mask: Bool[Tensor, "1 L"]
-) -> tuple[Float[Tensor, "L 3 3"], Float[Tensor, "L 20"]]:
-    """A chain of more than max_length comes window by window, each half over the one before and laid over it there."""
-    most, length = model.settings.max_length, mask.shape[1]
-    states = model.states(vectors[:, :most], mask[:, :most])
-    backbone, kinds = model.backbone(states), model.residues(states)
-    for start in range(most // 2, max(length - most // 2, 0), most // 2):
-        part = slice(start, start + most)
-        states = model.states(vectors[:, part], mask[:, part])
-        found = model.backbone(states)
-        both = backbone.shape[1] - start
-        over = mask[:, start : start + both].repeat_interleave(3, 1)
-        motion = superposition.superpose(found[:, :both].flatten(1, 2), backbone[:, start:].flatten(1, 2), over)
-        laid = motion.move(found.flatten(1, 2)).unflatten(1, (-1, 3)).to(backbone.dtype)
-        backbone = torch.cat([backbone, laid[:, both:]], 1)
-        kinds = torch.cat([kinds, model.residues(states)[:, both:]], 1)
-    return backbone[0], kinds[0]
+    return windows.rebuilt(decoded, vectors, mask, model.settings.max_length)
 
 
 def encode(model: StructureTokenizer, batch: Batch) -> Int64[Tensor, "B L"]:
@@ -355,27 +330,12 @@ def measure(model: StructureTokenizer, batch: Batch) -> Measured:
             "chains": mask.any(1).sum(),
             "residues": mask.sum(),
             "known": known.sum(),
-            **likeness(found, true, mask),
-            "rmsd_continuous": likeness(free, true, mask)["rmsd"],
+            **windows.likeness(found, true, mask),
+            "rmsd_continuous": windows.likeness(free, true, mask)["rmsd"],
             "recovered": ((types.argmax(-1) == kinds) & known).sum(),
             "quantization": quantized.squared_error / z.shape[-1],
         },
     )
-
-
-def likeness(
-    found: Float[Tensor, "B L 3 3"], true: Float[Tensor, "B L 3 3"], mask: Bool[Tensor, "B L"]
-) -> dict[str, Tensor]:
-    """Sums over chains of backbone RMSD and CA-lDDT, a chain at a time (each takes L x L numbers)."""
-    sums = {name: torch.zeros((), dtype=torch.float64, device=mask.device) for name in ("rmsd", "lddt")}
-    for row, length in enumerate(_lengths(mask)):
-        if length:
-            one = slice(row, row + 1), slice(0, length)
-            atoms = mask[one].repeat_interleave(3, 1)
-            sums["rmsd"] += superposition.rmsd(found[one].flatten(1, 2), true[one].flatten(1, 2), atoms).sum()
-            alphas = found[one][:, :, frames.ALPHA], true[one][:, :, frames.ALPHA]
-            sums["lddt"] += superposition.lddt(*alphas, mask[one]).sum()
-    return sums
 
 
 def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
@@ -431,6 +391,7 @@ recipe = Recipe(
     summarise=summarise,
     geometry=geometry,
     distortion="rmsd",
+    claims=paper.claims,
     report=Report(structure.StructureReportSettings, write_report, structure.FILES, structure.refuse),
     space={
         "num_codes": "choice:256,512,1024,2048,4096",
