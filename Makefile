@@ -17,7 +17,7 @@ help:
 	@echo "make bench     the benchmarks, paired ratios; prints, never asserts"
 	@echo "make contracts what vqcore and its peers agree on, and where a peer is wrong"
 	@echo "make coverage  branches of vqcore that its tests reach"
-	@echo "make claims    RECIPE=x [HEADLINE=1]: a paper's table again, paper beside ours; says first how long it takes"
+	@echo "make claims    RECIPE=x [HEADLINE=1] [SOURCE=folder]: a paper's table again, paper beside ours; says first how long it takes"
 	@echo "make setup     only the installation; make clean removes it"
 
 setup: $(STAMP)
@@ -36,8 +36,8 @@ demo: $(STAMP)
 	@$(BIN)/vqray demo rotation_trick
 
 claims: $(STAMP)
-	@test -n "$(RECIPE)" || { echo "make claims RECIPE=x [HEADLINE=1]; 'vqray claims --help' says more" >&2; exit 2; }
-	@$(BIN)/vqray claims $(RECIPE) $(if $(HEADLINE),--headline)
+	@test -n "$(RECIPE)" || { echo "make claims RECIPE=x [HEADLINE=1] [SOURCE=folder]; 'vqray claims --help' says more" >&2; exit 2; }
+	@$(BIN)/vqray claims $(RECIPE) $(if $(HEADLINE),--headline) $(if $(SOURCE),--source $(SOURCE))
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

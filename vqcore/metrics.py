@@ -148,6 +148,17 @@ def gini(counts: Shaped[Tensor, "*L K"]) -> Float[Tensor, "*L"]:
     return ((2 * rank - num_codes - 1) * share).sum(-1) / num_codes
 
 
+def alikeness(vectors: Float[Tensor, "K D"]) -> dict[str, float]:
+    """How many there are, and the mean cosine over all pairs of two of them; no cosine of fewer than two."""
+    count = len(vectors)
+    if count < 2:
+        return {"active_codes": float(count)}
+    unit = torch.nn.functional.normalize(vectors.double(), dim=-1)
+    # Of sums over vectors: no K x K matrix.
+    cosine = (unit.sum(0).square().sum() - unit.square().sum()) / (count * (count - 1))
+    return {"active_codes": float(count), "code_cosine": float(cosine)}
+
+
 def _checked(counts: Tensor) -> Tensor:
     if counts.ndim not in (1, 2) or counts.shape[-1] == 0:
         raise ValueError(f"counts have shape {tuple(counts.shape)}; they must be [K] or [L, K] with K at least 1")

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -37,17 +36,6 @@ def two_layers(low: int | None, high: int | None, columns: Mapping[str, Any]) ->
             f" the model's), or say --set layer_in={names} layer_out={names} for those of one layer."
         )
     return held[0] if low is None else low, held[-1] if high is None else high
-
-
-def alikeness(vectors: Float[Tensor, "K D"]) -> dict[str, float]:
-    """How many there are, and the mean cosine over all pairs of two of them; no cosine of fewer than two."""
-    count = len(vectors)
-    if count < 2:
-        return {"active_codes": float(count)}
-    unit = torch.nn.functional.normalize(vectors.double(), dim=-1)
-    # Of sums over vectors: no K x K matrix.
-    cosine = (unit.sum(0).square().sum() - unit.square().sum()) / (count * (count - 1))
-    return {"active_codes": float(count), "code_cosine": float(cosine)}
 
 
 def explained(sums: Mapping[str, Tensor]) -> dict[str, float]:

@@ -33,7 +33,7 @@ from pipelines.recipe import Batch, Grouping, Losses, Measured, Recipe, Report, 
 from pipelines.recipes import _activations as activations
 from pipelines.recipes import _clvq_claims as paper
 from pipelines.recipes import _concept_report as reports
-from vqcore import losses, seeding
+from vqcore import losses, metrics, seeding
 from vqcore.assign import Metric
 from vqcore.quantizers import Quantized, TemperedQuantizer, VectorBatch
 
@@ -313,7 +313,7 @@ def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
 
 def geometry(model: CrossLayer, counts: Float[Tensor, "1 K"]) -> dict[str, float]:
     """How alike the codes are that the split uses."""
-    return activations.alikeness(model.quantizer.codebook.vectors[counts[0] > 0])
+    return metrics.alikeness(model.quantizer.codebook.vectors[counts[0] > 0])
 
 
 def concept_model(model: CrossLayer) -> reports.ConceptModel:

@@ -19,7 +19,7 @@ from torch.optim import Adam, Optimizer
 from pipelines.recipe import Batch, Losses, Measured, Recipe, Report, ReportJob, Settings, Share, Stage
 from pipelines.recipes import _activations as activations
 from pipelines.recipes import _concept_report as reports
-from vqcore import losses
+from vqcore import losses, metrics
 
 
 class SparseSettings(Settings):
@@ -134,7 +134,7 @@ def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
 
 
 def geometry(model: Sparse, counts: Float[Tensor, "1 K"]) -> dict[str, float]:
-    return activations.alikeness(model.encoder.weight[counts[0] > 0])
+    return metrics.alikeness(model.encoder.weight[counts[0] > 0])
 
 
 class SparseReportSettings(reports.ConceptReportSettings):

@@ -6,13 +6,17 @@ import torch
 from torch import Tensor
 
 from pipelines.recipe import Batch
+from tests.vqcore.chains import chain
+from vqcore import frames
 
 WIDTH = 8
+RESIDUES = 12
 SHAPES: dict[str, dict[str, Any]] = {
     "images": {"image": [1, 16, 16]},
     "activations": {"layer_1": [WIDTH], "layer_2": [WIDTH]},
+    "proteins": dict.fromkeys(("backbone", "atom_mask", "residue_mask", "residues", "numbers")),
 }
-SMALL: dict[str, dict[str, Any]] = {"images": {}, "activations": {"sequence": 4}}
+SMALL: dict[str, dict[str, Any]] = {"images": {}, "activations": {"sequence": 4}, "proteins": {}}
 """Settings beside `batch_size` that keep a kind's recipes small."""
 
 
@@ -22,8 +26,23 @@ def columns(kind: str, rows: int, seed: int = 0) -> dict[str, Tensor]:
     if kind == "images":
         pixels = torch.randint(0, 256, (rows, *SHAPES[kind]["image"]), generator=drawn, dtype=torch.uint8)
         return {"image": pixels, "label": torch.zeros(rows, dtype=torch.int32)}
+    if kind == "proteins":
+        return _proteins(rows, seed)
     vectors = {name: torch.randn(rows, *shape, generator=drawn).half() for name, shape in SHAPES[kind].items()}
     return {**vectors, "position": torch.arange(rows, dtype=torch.int32)}
+
+
+def _proteins(rows: int, seed: int) -> dict[str, Tensor]:
+    backbone = torch.stack([chain(RESIDUES, 1000 * seed + row) for row in range(rows)])
+    real = torch.ones(rows, RESIDUES, dtype=torch.bool)
+    return {
+        "backbone": frames.with_oxygen(backbone).float(),
+        "atom_mask": real.unsqueeze(-1).expand(-1, -1, 4).clone(),
+        "residue_mask": real,
+        "residues": torch.randint(0, 20, real.shape, generator=torch.Generator().manual_seed(seed)),
+        "numbers": torch.arange(1, RESIDUES + 1, dtype=torch.int32).expand(rows, -1).clone(),
+        "b_factors": torch.ones(rows, RESIDUES),
+    }
 
 
 def batch(kind: str, rows: int, masked: int | None = None, garbage: bool = False) -> Batch:

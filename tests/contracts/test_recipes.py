@@ -8,7 +8,8 @@ from pipelines.errors import Refused
 from pipelines.options import validated
 from pipelines.recipe import Share
 from tests.contracts import kinds
-from vqcore.quantizers.contract import quantizers_in
+from vqcore.derived import DerivedCodebook
+from vqcore.quantizers.contract import VectorBatch, quantizers_in
 
 ROWS = 8
 
@@ -28,6 +29,11 @@ def seeded_model(name: str):
     model = stage.build(settings, None)
     for _, quantizer in quantizers_in(model):
         book = quantizer.codebook
+        if isinstance(book, DerivedCodebook):
+            if not quantizer.seeded:
+                rows = torch.randn(2 * book.num_codes, book.code_dim, generator=torch.Generator().manual_seed(1))
+                quantizer.seed([VectorBatch(rows, None, torch.arange(len(rows)))])
+            continue
         book.set_vectors(torch.randn(book.num_codes, book.code_dim, generator=torch.Generator().manual_seed(1)))
     return found, settings, stage, model
 

@@ -33,6 +33,11 @@ TINY = {
         "num_codes": 12, "sequence": 4, "batch_size": 8, "decoder_layers": 1, "heads": 2, "feedforward": 16,
         "learning_rate": 2e-3, "decay": 0.9, "dropout": 0.0, "relative": True,
     },
+    "aminoaseed": {
+        "num_codes": 12, "code_dim": 6, "start": "data", "max_length": 64, "crop": 24, "neighbours": 6,
+        "encoder_width": 8, "encoder_heads": 2, "encoder_inner": 12, "decoder_width": 16, "decoder_blocks": 1,
+        "decoder_heads": 2, "decoder_inner": 24, "pair_inner": 8, "batch_size": 8, "learning_rate": 2e-3,
+    },
     "sparse_autoencoder": {"num_codes": 24, "batch_size": 32, "learning_rate": 1e-2},
 }  # fmt: skip
 

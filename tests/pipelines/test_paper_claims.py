@@ -1,5 +1,6 @@
 """The claims runner: what is called different, what is left to do, and that a rerun does only that."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from pipelines import paper_claims, recipe
 from pipelines.errors import Refused
 from pipelines.paper_claims import Row, contrasted, table
-from pipelines.recipe import Claims, Contrast, Line, Run
+from pipelines.recipe import SOURCE, Claims, Contrast, Line, Run
 
 RUNS = (Run("a", {"steps": 1}, 2.0), Run("b", {}, 5.0, headline=False))
 LINES = (
@@ -92,6 +93,18 @@ def test_recipes_without_claims_are_refused_with_those_that_have_them(tmp_path):
         paper_claims.claims("plain_vq", tmp_path)
 
 
+def test_data_to_bring_is_asked_for_and_no_other_is_taken(tmp_path, monkeypatch):
+    with pytest.raises(Refused, match="leave --source out"):
+        paper_claims.claims("clvq_vae", tmp_path, source=tmp_path)
+    told = dataclasses.replace(recipe.load("clvq_vae").claims, packages=(), wants="complexes as x has them")
+    wanting = recipe.Recipe(**{**recipe.load("clvq_vae").__dict__, "claims": told})
+    monkeypatch.setattr(paper_claims.recipe, "load", lambda name: wanting)
+    with pytest.raises(Refused, match="need --source: a folder of complexes as x has them"):
+        paper_claims.claims("x", tmp_path)
+    with pytest.raises(Refused, match="nowhere is no folder"):
+        paper_claims.claims("x", tmp_path, source=tmp_path / "nowhere")
+
+
 @pytest.mark.parametrize("name", paper_claims.able())
 def test_claims_name_runs_and_settings_that_exist(name, tmp_path):
     """Every claim's run is made; every run's settings are the recipe's own; every report setting exists."""
@@ -103,7 +116,7 @@ def test_claims_name_runs_and_settings_that_exist(name, tmp_path):
     for line in told.lines:
         assert line.run in runs
         assert not isinstance(line, Contrast) or line.against in runs
-    places = {package.package: Path("/x") for package in told.packages}
+    places = {name: Path("/x") for name in (SOURCE, *(package.package for package in told.packages))}
     if told.report is not None:
         found = recipe.load(name)
         found.report.Settings(**told.report(places, tmp_path))

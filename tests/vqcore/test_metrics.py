@@ -10,6 +10,7 @@ from scipy import stats
 
 from vqcore.metrics import (
     Collisions,
+    alikeness,
     collisions,
     counts_of,
     dead_codes,
@@ -157,3 +158,12 @@ def test_tuples_that_do_not_fit_are_refused() -> None:
     for counts in (torch.ones(2, dtype=torch.int64), torch.ones(3), torch.tensor([1, -1, 1])):
         with pytest.raises(ValueError, match=r"for 3 tuples.*int64, one a tuple"):
             tuple_counts(torch.zeros(3, 2, dtype=torch.int64), 5, counts)
+
+
+def test_alikeness_is_the_mean_over_pairs():
+    vectors = torch.randn(7, 5)
+    unit = torch.nn.functional.normalize(vectors, dim=1)
+    cosines = [float(unit[i] @ unit[j]) for i in range(7) for j in range(7) if i != j]
+    found = alikeness(vectors)
+    assert found == {"active_codes": 7.0, "code_cosine": pytest.approx(np.mean(cosines), abs=1e-6)}
+    assert alikeness(vectors[:1]) == {"active_codes": 1.0}

@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +11,6 @@ from pipelines import evaluate, loop, recipe, trained
 from pipelines.errors import Refused
 from pipelines.feed import Feed, grouped_batches
 from pipelines.recipe import Batch, Grouping, Share
-from pipelines.recipes import _activations as activations
 from pipelines.recipes import clvq_vae
 from pipelines.recipes.clvq_vae import AdaptiveResidual, ConceptSettings, CrossLayer
 from pipelines.shards import ShardReader
@@ -175,15 +173,6 @@ def test_codes_start_as_directions_of_the_lower_layer_itself():
     means = torch.stack([nn.functional.normalize(rows[nearest == k], dim=1).mean(0) for k in range(10)])
     assert float(nn.functional.cosine_similarity(means, unit).min()) > 0.97
     assert "codes by spherical" in said
-
-
-def test_alikeness_is_the_mean_over_pairs():
-    vectors = torch.randn(7, 5)
-    unit = nn.functional.normalize(vectors, dim=1)
-    cosines = [float(unit[i] @ unit[j]) for i in range(7) for j in range(7) if i != j]
-    found = activations.alikeness(vectors)
-    assert found == {"active_codes": 7.0, "code_cosine": pytest.approx(np.mean(cosines), abs=1e-6)}
-    assert activations.alikeness(vectors[:1]) == {"active_codes": 1.0}
 
 
 def test_heads_that_do_not_divide_the_width_are_refused_with_those_that_do():

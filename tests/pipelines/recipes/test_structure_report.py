@@ -1,0 +1,229 @@
+"""The whole report on tiny shards: its files, its numbers, what a kill leaves, and what is refused."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.errors import Refused
+from pipelines.recipe import ReportJob
+from pipelines.recipes import _structure_report as reports
+from pipelines.recipes import _structure_sections as sections
+from pipelines.recipes._protein_tokens import ProteinTokens
+from pipelines.shards import ShardReader
+from tests.pipelines.protein_shards import CODES, SUFFIXES, complexes, make_protein_shards
+
+FAST = {"steps": 20, "rates": (1e-2,), "pair_suffixes": SUFFIXES}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> str:
+    return make_protein_shards(tmp_path_factory.mktemp("shards"), complexes(16))
+
+
+def job_of(shards: str, out: Path, split: str = "test", **settings) -> ReportJob:
+    opened = SimpleNamespace(digest="d" * 64, recipe=SimpleNamespace(name="x"), settings=None)
+    given = reports.StructureReportSettings(**{**FAST, **settings})
+    return ReportJob(opened, out, ShardReader(shards), split, given, str(out))
+
+
+def tokens(what: str = "residues & <codes>") -> ProteinTokens:
+    """Codes are residues; latents hold the backbone, and the decoder hands it back."""
+    book = torch.eye(CODES, 9)
+    return ProteinTokens(
+        book, lambda batch: batch.columns["residues"].masked_fill(~batch.columns["residue_mask"], -1), what,
+        lambda batch: batch.columns["backbone"][:, :, :3].flatten(2),
+        lambda vectors, mask: vectors.view(*mask.shape, 3, 3),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(shards, tmp_path_factory) -> tuple[ReportJob, dict[str, float]]:
+    job = job_of(shards, tmp_path_factory.mktemp("report"))
+    reports.refuse(job)
+    return job, reports.write(job, tokens())
+
+
+def told(job: ReportJob) -> dict:
+    return json.loads((Path(job.out) / "structure.json").read_text())
+
+
+def test_every_question_is_answered_on_the_split_asked_for(made):
+    job, numbers = made
+    rows = [row for split, row in complexes(16) if split == "test"]
+    assert numbers["residues"] == sum(row["length"] for row in rows)
+    assert numbers["usage"] == len({code for row in rows for code in row["residues"]}) / CODES
+    assert numbers["cosine_all"] == 0
+    assert numbers["sensitivity_codes_spearman_normalised"] > 0.5
+    assert numbers["rmsd_unquantized"] < 1e-3 < numbers["rmsd_codes"]
+    assert numbers["contact_test_auroc_codes"] > 0.9
+    assert numbers["contact_test_auroc_control"] == 0.5
+    found = told(job)
+    assert found["metrics"] == numbers
+    assert found["sensitivity"]["pairs"] == len(rows) // 2
+    assert [task["name"] for task in found["effectiveness"]["tasks"]] == ["contact", "secondary", "b_factors"]
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.seen.add(tag)
+        assert not {"src", "href"} & {name for name, _ in attributes}
+        if tag not in ("meta",):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attributes: list) -> None:
+        self.seen.add(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_is_whole_escaped_and_loads_nothing(made):
+    page = (Path(made[0].out) / "structure.html").read_text()
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert "residues & <codes>" in tags.text
+    assert {"svg", "polyline", "circle", "rect", "table"} <= tags.seen
+    assert not {"script", "link", "img", "codes"} & tags.seen
+    assert not re.search(r"https?://|nan|None", page)
+    for title in ("Efficiency", "Distinctiveness", "Sensitivity", "Effectiveness", "Reconstruction"):
+        assert title in tags.text
+
+
+def test_what_a_kill_left_is_not_made_again(shards, tmp_path, monkeypatch):
+    job = job_of(shards, tmp_path / "out", kmeans=False)
+    made: list[str] = []
+    once = sections.effects.effectiveness
+
+    def killed(task, *args, **more):
+        made.append(task.name)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return once(task, *args, **more)
+
+    monkeypatch.setattr(sections.effects, "effectiveness", killed)
+    with pytest.raises(KeyboardInterrupt):
+        reports.write(job, tokens())
+    for name in ("similarities",):
+        monkeypatch.setattr(sections.sensitivity, name, lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(sections, "reconstruction", lambda *_: pytest.fail("made again"))
+    numbers = reports.write(job, tokens())
+    assert made == ["contact", "secondary", "secondary", "b_factors"]
+    whole = job_of(shards, tmp_path / "whole", kmeans=False)
+    monkeypatch.undo()
+    assert reports.write(whole, tokens()) == numbers
+
+
+def test_tokens_made_elsewhere_are_judged_alike(shards, made, tmp_path):
+    lines = [{"name": row["name"], "chain": "A", "codes": row["residues"].tolist()} for _, row in complexes(16)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    np.save(tmp_path / "v.npy", np.eye(CODES, 9))
+    given = {"tokens": str(tmp_path / "t.jsonl"), "vectors": str(tmp_path / "v.npy")}
+    job = job_of(shards, tmp_path / "out", beside=(made[0].out,), **given)
+    reports.refuse(job)
+    numbers = reports.write(job, tokens())
+    same = {name: value for name, value in made[1].items() if not re.search("latents|rmsd|lddt", name)}
+    assert numbers == same
+    page = (tmp_path / "out" / "structure.html").read_text()
+    assert "residues &amp; &lt;codes&gt;" in page
+    assert "tokens of t.jsonl" in page
+
+
+def test_tasks_of_other_shards_and_pairs_of_a_table(shards, tmp_path):
+    other = make_protein_shards(tmp_path / "other", complexes(8, seed=1))
+    (tmp_path / "tasks.toml").write_text(
+        f'[[task]]\nname = "far <b>"\nlabel = "contact"\nkind = "binary"\nshards = "{other}"\n'
+        f'[[task]]\nname = "<i>none"\nlabel = "secondary"\nkind = "binary"\nshards = "{other}"\n'
+    )
+    (tmp_path / "pairs.csv").write_text(
+        "a,chain_a,b,chain_b\n" + "".join(f"c0{n}_u,A,c0{n}_b-matched,A\n" for n in range(8)) + "gone,A,c00_u,A\n"
+    )
+    job = job_of(
+        shards, tmp_path / "out", tasks=str(tmp_path / "tasks.toml"), pairs=str(tmp_path / "pairs.csv"),
+        pairs_shards=other, pair_suffixes=(), latents=False, kmeans=False,
+    )  # fmt: skip
+    reports.refuse(job)
+    numbers = reports.write(job, tokens())
+    assert numbers["far__b__test_auroc_codes"] > 0.8
+    found = told(job)
+    assert (found["sensitivity"]["pairs"], found["sensitivity"]["not_there"]) == (8, 1)
+    assert found["effectiveness"]["tasks"][0]["tests"]["test"]["test"] == sum(
+        row["length"] for split, row in complexes(8, seed=1) if split == "test"
+    )
+    assert "holds 2" in found["effectiveness"]["tasks"][1]["skipped"]
+    page = (tmp_path / "out" / "structure.html").read_text()
+    assert "&lt;i&gt;none was skipped" in page
+    assert not re.search("<b>|<i>", page)
+
+
+def test_sections_that_cannot_be_measured_say_why(shards, tmp_path):
+    job = job_of(shards, tmp_path, split="valid", pair_suffixes=())
+    bare = ProteinTokens(torch.eye(CODES), tokens().codes, "bare")
+    numbers = reports.write(job, bare)
+    assert set(numbers) == {
+        "codes", "residues", "usage", "perplexity", "perplexity_share", "entropy_per_code", "cosine_all", "cosine_used",
+    }  # fmt: skip
+    page = (tmp_path / "structure.html").read_text()
+    for reason in ("report --split test", "pair_suffixes=", "without a decoder"):
+        assert reason in page
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tasks": "gone.toml"}, "does not exist"),
+        ({"pairs": "gone.csv"}, "does not exist"),
+        ({"tokens": "gone.jsonl", "vectors": "gone.npy"}, "does not exist"),
+        ({"beside": ("gone",)}, "holds no structure.json"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_work(shards, tmp_path, monkeypatch, settings, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refused, match=said):
+        reports.refuse(job_of(shards, tmp_path, **settings))
+
+
+def test_shards_with_other_residues_are_refused(shards, tmp_path):
+    other = make_protein_shards(tmp_path / "other", complexes(4), missing="keep")
+    (tmp_path / "tasks.toml").write_text(
+        f'[[task]]\nname = "a"\nlabel = "contact"\nkind = "binary"\nshards = "{other}"\n'
+    )
+    with pytest.raises(Refused, match="was ingested with missing=keep"):
+        reports.refuse(job_of(shards, tmp_path, tasks=str(tmp_path / "tasks.toml")))
+
+
+def test_reports_of_other_rows_do_not_stand_in_one_table(shards, made, tmp_path):
+    with pytest.raises(Refused, match="do not belong in one table"):
+        reports.refuse(job_of(shards, tmp_path, split="valid", beside=(made[0].out,)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tokens": "x.jsonl"},
+        {"pair_suffixes": ("_u",)},
+        {"pair_suffixes": ("_u", "_u")},
+        {"rates": ()},
+        {"rates": (0.0,)},
+        {"pairs_shards": "x"},
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings):
+    with pytest.raises(ValueError, match=r"go together|two different|positive|give that too"):
+        reports.StructureReportSettings(**settings)
