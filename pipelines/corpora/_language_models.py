@@ -264,14 +264,19 @@ def batched(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
+def pooling_modes(folder: Path) -> list[str]:
+    """How a sentence-transformers folder says that token vectors become a sentence's; of any other folder nothing."""
+    pooling = _json(folder / "1_Pooling" / "config.json")
+    return sorted(key for key, on in pooling.items() if key.startswith("pooling_mode_") and on is True)
+
+
 def sentence_form(folder: Path) -> SentenceForm:
     """The window and normalisation of a sentence-transformers folder; of any other: the model's window, none.
 
     Raises:
         Refused: its files ask for another pooling than the mean.
     """
-    pooling = _json(folder / "1_Pooling" / "config.json")
-    modes = sorted(key for key, on in pooling.items() if key.startswith("pooling_mode_") and on is True)
+    modes = pooling_modes(folder)
     if modes and modes != ["pooling_mode_mean_tokens"]:
         raise Refused(f"{folder} pools by {', '.join(modes)}; only the mean over tokens is computed here.")
     modules = _json(folder / "modules.json") or []

@@ -42,11 +42,10 @@ def ingest(places: Mapping[str, Path]) -> tuple[list[str], dict[str, Any]]:
 
 def report(places: Mapping[str, Path], out: Path) -> dict[str, Any]:
     """The first report finds what predictions rest on, all others take it over."""
-    shared = {"documents": 120, "steps": 8}
     found = sorted(out.glob("*/seed-*/report/saliency.json"))
     if found:
-        return {**shared, "saliency": str(found[0].parent)}
-    return {**shared, "model": str(places[MODEL.package]), "source": [str(places[TEXTS.package])]}
+        return {"saliency": str(found[0].parent)}
+    return {"documents": 120, "steps": 8, "model": str(places[MODEL.package]), "source": [str(places[TEXTS.package])]}
 
 
 def _runs() -> tuple[Run, ...]:
@@ -77,7 +76,7 @@ def _lines() -> tuple[Line | Contrast, ...]:
         Contrast("more codes in use than random", "379, 250", main, "random", "active_codes"),
         Contrast("higher perplexity than random", "111, 88", main, "random", "perplexity"),
         Line(lost, "93.5 %", main, OWN, lambda mean: mean > 0.5),
-        Line("... of k-means of layer 3", "less", main, "drop_kmeans"),
+        Contrast("... more than of k-means of layer 3", "yes", main, main, OWN, True, "drop_kmeans"),
         Line("... without a random direction", "7.2 %", main, "drop_random", lambda mean: mean < 0.15),
         Contrast("own concept costs more than random", "93.5, 7.2", main, main, OWN, True, "drop_random"),
         Contrast("... than another document's", unsaid, main, main, OWN, True, "drop_other_concept"),

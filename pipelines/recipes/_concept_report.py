@@ -81,6 +81,11 @@ def refuse(job: ReportJob) -> None:
     if s.model is not None:
         _corpus_settings(job).inspect()
     if s.model is not None or s.saliency is not None:
+        if job.split in ("train", "all"):
+            raise Refused(
+                f"split={job.split} was given; probes are fitted on train documents, so faithfulness needs valid"
+                " or test. Leave model=, source= and saliency= out for the concepts alone."
+            )
         if job.reader.rows("train") == 0:
             raise Refused("the shards have no train rows, and probes are fitted on train documents.")
         low, held = job.trained.settings.layer_in, layers.layers_of(job.reader.manifest.columns)
@@ -167,6 +172,12 @@ def _sentence(job: ReportJob, special: bool) -> str:
             f"the attributions given are of layer {earlier.layer} and sentence={earlier.sentence}; this report is of"
             f" layer {job.trained.settings.layer_in} and sentence={chosen}: give model= and source= instead."
         )
+    given = {"steps": s.steps, "documents": s.documents} if s.saliency is not None and earlier is not None else {}
+    taken = {} if earlier is None else {"steps": earlier.steps, "documents": len(earlier.documents)}
+    differ = [name for name in given if name in s.model_fields_set and given[name] != taken[name]]
+    if differ:
+        told = ", ".join(f"{name}={given[name]} (there: {taken[name]})" for name in differ)
+        raise Refused(f"saliency= takes attributions over as they are, and {told} was given: leave it out.")
     if chosen == "first" and not special:
         raise Refused("sentence=first needs documents that begin with one same token ([CLS], <s>): use sentence=mean.")
     settings = job.reader.manifest.settings

@@ -212,4 +212,4 @@ def kept(home: str) -> Kept | None:
 
 def pools_by_mean(model: str | None) -> bool:
     """Whether a sentence-transformers folder says that its sentence vectors are means over tokens."""
-    return model is not None and (Path(model) / "1_Pooling" / "config.json").exists()
+    return model is not None and models.pooling_modes(Path(model)) == ["pooling_mode_mean_tokens"]

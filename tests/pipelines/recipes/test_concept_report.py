@@ -20,17 +20,19 @@ def job_of(out: Path, filtered: bool = False, layer: int = 1, **settings) -> Sim
     return SimpleNamespace(reader=reader, trained=opened, settings=given, out=str(out))
 
 
-def mean_pooling(home: Path) -> str:
-    (home / "1_Pooling").mkdir()
-    (home / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
-    return str(home)
+def pooling(home: Path, mode: str) -> str:
+    modes = {f"pooling_mode_{one}": one == mode for one in ("cls_token", "mean_tokens")}
+    (home / mode / "1_Pooling").mkdir(parents=True)
+    (home / mode / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+    return str(home / mode)
 
 
 def test_the_sentence_vector_is_as_asked_for_or_as_the_model_pools(tmp_path):
     out = tmp_path / "out"
     assert reports._sentence(job_of(out), special=True) == "first"
     assert reports._sentence(job_of(out), special=False) == "mean"
-    assert reports._sentence(job_of(out, model=mean_pooling(tmp_path)), special=True) == "mean"
+    assert reports._sentence(job_of(out, model=pooling(tmp_path, "mean_tokens")), special=True) == "mean"
+    assert reports._sentence(job_of(out, model=pooling(tmp_path, "cls_token")), special=True) == "first"
     assert reports._sentence(job_of(out, model=str(tmp_path), sentence="first"), special=True) == "first"
 
 
@@ -51,6 +53,28 @@ def test_attributions_of_another_layer_or_sentence_vector_are_refused(tmp_path):
         reports._sentence(job_of(out, saliency=str(tmp_path), sentence="first"), special=True)
     with pytest.raises(Refused, match="this report is of layer 3"):
         reports._sentence(job_of(out, layer=3, saliency=str(tmp_path)), special=True)
+
+
+@pytest.mark.parametrize("split", ["train", "all"])
+def test_documents_that_probes_were_fitted_on_are_refused(split, tmp_path):
+    job = job_of(tmp_path)
+    (tmp_path / "saliency.json").write_text(json.dumps(asdict(Kept(1, 2, 8, "mean", []))))
+    asked = SimpleNamespace(
+        **{**vars(job), "split": split, "settings": job_of(tmp_path, saliency=str(tmp_path)).settings}
+    )
+    with pytest.raises(Refused, match=f"split={split} was given; probes are fitted on train"):
+        reports.refuse(asked)
+
+
+def test_other_numbers_than_those_of_attributions_taken_over_are_refused(tmp_path):
+    one = Salience("d", [0], [1.0], 1.0, 0.0)
+    (tmp_path / "saliency.json").write_text(json.dumps(asdict(Kept(1, 2, 8, "mean", [one]))))
+    taken = {"saliency": str(tmp_path)}
+    with pytest.raises(Refused, match=r"steps=50 \(there: 8\)"):
+        reports._sentence(job_of(tmp_path / "out", **taken, steps=50), special=False)
+    with pytest.raises(Refused, match=r"documents=3 \(there: 1\)"):
+        reports._sentence(job_of(tmp_path / "out", **taken, documents=3), special=False)
+    assert reports._sentence(job_of(tmp_path / "out", **taken, steps=8), special=False) == "mean"
 
 
 def test_the_salient_row_is_the_one_with_the_largest_attribution_among_those_in_the_shards():

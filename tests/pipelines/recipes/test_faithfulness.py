@@ -65,8 +65,22 @@ def test_without_the_axis_of_the_classes_the_probe_guesses_and_without_another_i
     assert found["concept"].drop(found["whole"]) > 0.2
     assert set(found["whole"].per_class) == {"a", "b"}
     assert np.mean(list(found["whole"].per_class.values())) == pytest.approx(found["whole"].accuracy, abs=1e-9)
-    # Both of a pair have the same direction here, so the other's does the same.
-    np.testing.assert_allclose(forms["other concept"], forms["concept"], atol=1e-6)
+
+
+def test_each_control_takes_out_what_it_is_named_after():
+    """Directions differ between documents, so that no control is another's."""
+    h, mean, own = drawn(6, 8), drawn(8, seed=3), drawn(6, 1, 8, seed=2)
+    forms = faithfulness.ablations(h.numpy(), {"c": own}, mean.numpy(), seed=0)
+    others = torch.stack([own[(n - 3) % 6] for n in range(6)])
+    expected = {
+        "c": faithfulness.without(h, own),
+        "other c": faithfulness.without(h, others),
+        "mean activation": faithfulness.without(h, mean.expand(6, 1, 8)),
+    }
+    for name, form in expected.items():
+        np.testing.assert_allclose(forms[name], form.numpy(), atol=1e-5, err_msg=name)
+    apart = [np.abs(forms[a] - forms[b]).max() for a in forms for b in forms if a < b]
+    assert min(apart) > 1e-2
 
 
 def test_about_the_mean_what_all_codes_share_stays():
