@@ -114,13 +114,13 @@ def _from_codes(tokens: ProteinTokens, batch: Batch) -> Tensor:
     codes = tokens.codes(batch)
     vectors = tokens.vectors[codes.clamp(min=0)].masked_fill((codes < 0).unsqueeze(-1), 0.0)
     assert tokens.rebuilt is not None
-    return tokens.rebuilt(vectors, batch.columns["residue_mask"])
+    return tokens.rebuilt(vectors, codes >= 0)
 
 
 def _from_latents(tokens: ProteinTokens, batch: Batch) -> Tensor:
     assert tokens.rebuilt is not None
     assert tokens.latents is not None
-    return tokens.rebuilt(tokens.latents(batch), batch.columns["residue_mask"])
+    return tokens.rebuilt(tokens.latents(batch), tokens.codes(batch) >= 0)
 
 
 def _some(batch: Batch, rows: slice) -> Batch:

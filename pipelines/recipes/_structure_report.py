@@ -88,6 +88,12 @@ def refuse(job: ReportJob) -> None:
         tasks.check_label(task, reader)
         _check_residues(job, reader)
         if task.cath is not None:
+            if reader.manifest.digest == job.reader.manifest.digest:
+                raise Refused(
+                    f'task {task.name!r}: split = "cath" divides all rows anew, and {reader.uri} has test rows already:'
+                    " a probe would be fitted on some of them, and the tokenizer on some it is tested with. Ingest the"
+                    ' task\'s structures by themselves and give them as shards = "URI", or leave split out.'
+                )
             read_cath(task.cath)
     if s.pairs is not None:
         reader = shards_of(job, s.pairs_shards)

@@ -9,7 +9,7 @@
     classes = { H = "helix", "*" = "other" }    of a stored value, or a letter of DSSP; "*" is all others
     least = 1                     classes with fewer train examples are left out
     shards = "URI"                default: those of the report
-    split = "cath"                or shards: the splits that ingest decided
+    split = "cath"                or shards: the splits that ingest decided. cath needs shards of its own
     cath = "cath.csv"             file, chain, code (C.A.T.H in full)
     shares = [0.4, 0.2, 0.2]      of that split: see `_cath_split.py`
 

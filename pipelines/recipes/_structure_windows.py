@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vqcore import frames, superposition
+from pipelines.recipes._rebuilding import compared
+from vqcore import superposition
 
 Decode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(vectors [1, L, D], mask [1, L]) -> (N, CA and C [1, L, 3, 3], logits of residue types [1, L, R])."""
@@ -59,8 +60,6 @@ def likeness(
     for row, length in enumerate(_lengths(mask)):
         if mask[row].any():
             one = slice(row, row + 1), slice(0, length)
-            atoms = mask[one].repeat_interleave(3, 1)
-            sums["rmsd"] += superposition.rmsd(found[one].flatten(1, 2), true[one].flatten(1, 2), atoms).sum()
-            alphas = found[one][:, :, frames.ALPHA], true[one][:, :, frames.ALPHA]
-            sums["lddt"] += superposition.lddt(*alphas, mask[one]).sum()
+            for name, values in compared(found[one], true[one], mask[one]).items():
+                sums[name] += values.sum()
     return sums

@@ -9,10 +9,13 @@ Run:   vqray ingest --corpus proteins --source complexes/ --out shards --set gro
 
 `--set quantizer=plain` is the paper's VanillaVQ, the same network with a codebook that learns code by code.
 
-Settings where the source gives none, or where it is not followed by default (`form=source` follows it):
-- padding is in no loss, no count and no attention. The source averages both codebook losses over it, lays the mask of
-  the distance loss over the wrong atoms, and takes 1 from the logits of padding instead of leaving it out.
-- distances are compared with bin edges; in the source, with their squares.
+What the authors' code does otherwise, and `form=source` does too:
+- it lays the mask of the distance loss over the wrong atoms, and takes 1 from the logits of padding instead of leaving
+  padding out of attention. Both depend on how long the longest chain of a worker's batch is, so that there two workers
+  are not one.
+- it compares distances with the squares of bin edges.
+Settings where the source gives none, or where it is not followed in either form:
+- padding is in no loss and no count; the source averages both codebook losses over it.
 - `start`: the basis is drawn from N(0, 1), as the paper is reported to do; the code has `data`, K encoder outputs.
 - the six direction products of two residues: aa, bb, nn, ab, an, bn of their unit vectors.
 - `code_dim` is the encoder's output too (the source's file has 128 beside 1024, which its own check refuses).
@@ -47,6 +50,11 @@ from vqcore.quantizers import ReparameterizedQuantizer, VectorBatch, VectorQuant
 
 WARM_UP, FLOOR = 0.05, 0.1
 """Share of the steps in which the rate rises, and of the rate that it ends at."""
+LONGEST = 1 << 20
+"""Of a chain, for keys."""
+USED = ("backbone", "atom_mask", "residue_mask", "residues", "numbers")
+"""Columns of a training step."""
+SQUARES = tuple(edge**2 for edge in backbone_losses.EDGES)
 
 
 class StructureSettings(Settings):
@@ -63,7 +71,7 @@ class StructureSettings(Settings):
 
     max_length: int = Field(512, ge=16, description="residues that the decoder sees together")
     longer: Literal["window", "refuse"] = Field(
-        "window", description="chains of more: cut in training, decoded window by window; or refused"
+        "window", description="chains of more: cut in training, decoded window by window; refuse: training fails"
     )
     crop: int | None = Field(None, ge=16, description="residues of a chain in a training step; default max_length")
     index: Literal["numbers", "order"] = Field(
@@ -90,7 +98,7 @@ class StructureSettings(Settings):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    # Two cores: an eighth of the widths, half of the decoder's depth, shorter cuts of fewer chains.
+    # Two cores: about a tenth of the widths, half of the decoder's depth, shorter cuts of fewer chains.
     # And a basis from data: of one from N(0, 1), 4 % of 512 codes were in use after 400 steps.
     "small": {
         "code_dim": 128,
@@ -119,7 +127,8 @@ def resolve(settings: StructureSettings, columns: dict[str, Any]) -> StructureSe
         )
     if settings.crop is not None and settings.crop > settings.max_length:
         raise Refused(f"crop={settings.crop} is more than max_length={settings.max_length}; the decoder sees no more.")
-    return settings
+    start = settings.start or ("random" if settings.quantizer == "reparameterized" else "data")
+    return settings.model_copy(update={"start": start})
 
 
 class StructureTokenizer(nn.Module):
@@ -168,13 +177,8 @@ class StructureTokenizer(nn.Module):
         return out
 
 
-LONGEST = 1 << 20
-"""Of a chain, for keys."""
-
-
 def _quantizer(s: StructureSettings) -> ReparameterizedQuantizer | VectorQuantizer:
-    start = s.start or ("random" if s.quantizer == "reparameterized" else "data")
-    chosen = seeding.random_rows if start == "data" else None
+    chosen = seeding.random_rows if s.start == "data" else None
     if s.quantizer == "reparameterized":
         return ReparameterizedQuantizer(s.num_codes, s.code_dim, commitment_weight=s.commitment_weight, seeding=chosen)
     return VectorQuantizer(s.num_codes, s.code_dim, decay=None, commitment_weight=s.commitment_weight, seeding=chosen)
@@ -199,10 +203,6 @@ def cut(model: StructureTokenizer, batch: Batch) -> Batch:
     columns = {name: batch.columns[name][rows, places.clamp(max=longest - 1)] for name in USED}
     columns["residue_mask"] = columns["residue_mask"] & (places < longest)
     return Batch(columns, batch.mask, batch.keys)
-
-
-USED = ("backbone", "atom_mask", "residue_mask", "residues", "numbers")
-SQUARES = tuple(edge**2 for edge in backbone_losses.EDGES)
 
 
 def counts(model: StructureTokenizer, batch: Batch) -> dict[str, int]:
@@ -284,8 +284,7 @@ def build(settings: StructureSettings, previous: nn.Module | None) -> StructureT
 
 
 def stages(s: StructureSettings) -> tuple[Stage, ...]:
-    needs_data = s.start == "data" or (s.start is None and s.quantizer == "plain")
-    how: dict[str, Any] = {"counts": counts, "schedule": schedule, "seed": seed if needs_data else None}
+    how: dict[str, Any] = {"counts": counts, "schedule": schedule, "seed": seed if s.start == "data" else None}
     return (Stage("tokens", s.steps, build, train_losses, optimiser, **how),)
 
 

@@ -216,6 +216,15 @@ def test_training_learns_and_moves_every_code_but_not_the_basis(shards, tmp_path
     assert metrics["active_codes"] == round(metrics["usage"] * 12)
 
 
+@pytest.mark.parametrize(("quantizer", "start"), [("reparameterized", "random"), ("plain", "data")])
+def test_where_codes_come_from_follows_from_the_quantizer_unless_said(quantizer, start):
+    for given, wanted in (({}, start), ({"start": "data"}, "data"), ({"start": "random"}, "random")):
+        found = aminoaseed.resolve(StructureSettings(quantizer=quantizer, **given), kinds.SHAPES["proteins"])
+        assert found.start == wanted
+        (stage,) = aminoaseed.stages(found)
+        assert (stage.seed is not None) == (wanted == "data")
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

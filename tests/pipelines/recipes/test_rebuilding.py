@@ -90,3 +90,26 @@ def test_the_mean_structure_is_of_the_train_chains_by_position(reader):
     assert torch.allclose(found, expected, atol=1e-4)
     beyond = rebuilding.laid_out(found, torch.zeros(2, longest + 3, 4, 3))
     assert torch.equal(beyond[1, longest + 2], found[-1])
+
+
+def test_a_decoder_is_shown_no_residue_without_a_code(tmp_path):
+    seen: list[torch.Tensor] = []
+
+    def codes(batch):
+        given = batch.columns["residue_mask"].long() - 1
+        given[:, 3] = -1
+        return given
+
+    def decoded(vectors, mask):
+        seen.append(mask)
+        return vectors.new_zeros(*mask.shape, 3, 3)
+
+    def latents(batch):
+        return torch.zeros(*batch.columns["residue_mask"].shape, 2)
+
+    reader = ShardReader(make_protein_shards(tmp_path, complexes(4)))
+    rebuilding.reconstruction(reader, "test", ProteinTokens(torch.ones(1, 2), codes, "holes", latents, decoded))
+    assert len(seen) == 2
+    for mask in seen:
+        assert not mask[:, 3].any()
+        assert mask[:, [0, 1, 2, 4]].all()

@@ -227,3 +227,15 @@ def test_reports_of_other_rows_do_not_stand_in_one_table(shards, made, tmp_path)
 def test_settings_that_do_not_go_together_are_refused(settings):
     with pytest.raises(ValueError, match=r"go together|two different|positive|give that too"):
         reports.StructureReportSettings(**settings)
+
+
+def test_a_division_by_cath_is_refused_on_shards_whose_test_rows_it_would_train_on(shards, tmp_path):
+    (tmp_path / "cath.csv").write_text("file,chain,code\nc00_u.pdb,A,1.10.10.10\n")
+    task = '[[task]]\nname = "fold"\nlabel = "contact"\nkind = "binary"\nsplit = "cath"\n'
+    task += f'cath = "{tmp_path / "cath.csv"}"\n'
+    (tmp_path / "tasks.toml").write_text(task)
+    with pytest.raises(Refused, match=r"'fold': split = \"cath\" divides all rows anew.* give them as shards"):
+        reports.refuse(job_of(shards, tmp_path, tasks=str(tmp_path / "tasks.toml")))
+    other = make_protein_shards(tmp_path / "other", complexes(8, seed=1))
+    (tmp_path / "tasks.toml").write_text(task + f'shards = "{other}"\n')
+    reports.refuse(job_of(shards, tmp_path, tasks=str(tmp_path / "tasks.toml")))
