@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from pipelines import corpora
@@ -45,13 +46,19 @@ def to_batch(
     A masked row keeps its values where another of its group is not masked: it fills that group up.
     """
     valid = torch.from_numpy(mask)
-    finite = torch.ones_like(valid)
-    for column in columns.values():
-        if column.is_floating_point():
-            finite &= column.flatten(1).isfinite().all(1) if column.dim() > 1 else column.isfinite()
+    finite = finite_rows(columns)
     shown = valid.view(-1, group_size).any(1).repeat_interleave(group_size)
     clean = {name: _zeroed(column, shown & finite) for name, column in columns.items()}
     return Batch(clean, valid & finite, torch.from_numpy(row_ids)), int((valid & ~finite).sum())
+
+
+def finite_rows(columns: Mapping[str, Tensor]) -> Bool[Tensor, " B"]:
+    """Which rows hold no NaN and no infinity in any column."""
+    finite = torch.ones(len(next(iter(columns.values()))), dtype=torch.bool)
+    for column in columns.values():
+        if column.is_floating_point():
+            finite &= column.flatten(1).isfinite().all(1) if column.dim() > 1 else column.isfinite()
+    return finite
 
 
 def _zeroed(column: Tensor, keep: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,7 +22,7 @@ def two_layers(low: int | None, high: int | None, columns: Mapping[str, Any]) ->
     """(layer that is encoded, layer that is decoded): as asked for, else the lowest and the highest of the shards.
 
     Raises:
-        Refused: a layer the shards do not hold, or only one where none was asked for.
+        Refused: a layer the shards do not hold, only one where none was asked for, or the later one first.
     """
     held = layers_of(columns)
     names = ", ".join(map(str, held))
@@ -35,7 +36,12 @@ def two_layers(low: int | None, high: int | None, columns: Mapping[str, Any]) ->
             f"these shards hold layer {names} alone, and concepts lie between two: ingest with --set layers=3,6 (two of"
             f" the model's), or say --set layer_in={names} layer_out={names} for those of one layer."
         )
-    return held[0] if low is None else low, held[-1] if high is None else high
+    low, high = held[0] if low is None else low, held[-1] if high is None else high
+    if low > high:
+        raise Refused(
+            f"layer_in={low} lies above layer_out={high}: concepts are read from a layer to a later one, or the same."
+        )
+    return low, high
 
 
 def explained(sums: Mapping[str, Tensor]) -> dict[str, float]:
@@ -44,6 +50,12 @@ def explained(sums: Mapping[str, Tensor]) -> dict[str, float]:
     mean, square = sums["target"] / sums["rows"], sums["target_square"] / sums["rows"]
     mse = float(sums["error"] / sums["rows"])
     return {"mse": mse, "explained": losses.explained(mse, mean, square)}
+
+
+def as_stored(vectors: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+    """In float16, as most shards hold them; what lies beyond its range is brought to its end."""
+    most = torch.finfo(torch.float16).max
+    return vectors.clamp(-most, most).half()
 
 
 def nearest_directions(vectors: Float[Tensor, "K D"]) -> Callable[[Float[Tensor, "N D"]], Float[Tensor, "N 1 D"]]:

@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,21 @@ WORDS, CONTEXTS, NEAREST = 24, 8, 5
 AROUND = 6
 """Rows shown on each side of a context's own."""
 NO_LABEL = "(no label)"
+
+Directions = Callable[[Float[Tensor, "N D"]], Float[Tensor, "N R D"]]
+"""Rows of the lower layer -> the directions of their concepts, in that layer's space."""
+
+
+@dataclass(frozen=True)
+class ConceptModel:
+    """What a recipe says of a trained model for its report."""
+
+    vectors: Float[Tensor, "K D"]
+    """What says which codes are near."""
+    directions: Directions
+    layer_in: int
+    what: str
+    """In a few words: `CLVQ-VAE, layers 3 to 6`."""
 
 
 def gather(directory: Path, reader: ShardReader, split: str, out: str) -> dict[int, dict[str, Any]]:

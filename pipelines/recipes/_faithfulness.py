@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipelines.errors import Refused
-from pipelines.feed import as_seen
+from pipelines.feed import as_seen, finite_rows
 from pipelines.recipes._saliency import Readout
 from pipelines.shards import ShardReader
 
@@ -59,12 +59,15 @@ def first_is_special(reader: ShardReader, split: str) -> bool:
 
 
 def sentences(reader: ShardReader, split: str, layers: Collection[int], *, first: bool) -> Sentences:
-    """One vector a document and layer: the first token's, or the mean over the rows there are."""
+    """One vector a document and layer: the first token's, or the mean over the rows there are.
+
+    Rows that are not finite in every layer count nowhere, as in training; a document without a row is left out.
+    """
     numbers: dict[str, int] = {}
     labels: list[str | None] = []
     sums: dict[int, Vectors] = {}
     totals: dict[int, npt.NDArray[np.float64]] = {}
-    counts = np.zeros(0)
+    counts, seen = np.zeros(0), 0
     for _, batch in _blocks(reader, split, None):
         names, given = batch.column("document").to_pylist(), batch.column("label").to_pylist()
         for name, label in zip(names, given, strict=True):
@@ -74,31 +77,33 @@ def sentences(reader: ShardReader, split: str, layers: Collection[int], *, first
         number = np.array([numbers[name] for name in names])
         taken = batch.column("position").to_numpy() == 0 if first else np.ones(len(number), bool)
         counts = _grown(counts, len(numbers))
-        np.add.at(counts, number[taken], 1)
         columns, _ = as_seen(reader.manifest, batch)
+        finite = finite_rows(columns).numpy()
+        taken, seen = taken & finite, seen + int(finite.sum())
         for layer in layers:
-            rows = columns[f"layer_{layer}"].float().numpy()
+            rows = np.where(finite[:, None], columns[f"layer_{layer}"].float().numpy(), np.float32(0))
             totals[layer] = totals.get(layer, np.zeros(rows.shape[1])) + rows.sum(0, dtype=np.float64)
             sums[layer] = _grown(sums.get(layer, np.zeros((0, rows.shape[1]), np.float32)), len(numbers))
             np.add.at(sums[layer], number[taken], rows[taken])
+        np.add.at(counts, number[taken], 1)
     some = np.maximum(counts, 1)[:, None].astype(np.float32)
-    rows_in_all = max(1, reader.rows(split))
     found = Sentences(
         list(numbers),
         labels,
         {layer: total / some for layer, total in sums.items()},
-        {layer: (total / rows_in_all).astype(np.float32) for layer, total in totals.items()},
+        {layer: (total / max(1, seen)).astype(np.float32) for layer, total in totals.items()},
     )
     return found.only(np.flatnonzero(counts).tolist())
 
 
 def places_of(reader: ShardReader, split: str, wanted: Collection[str]) -> dict[str, dict[int, int]]:
-    """Document -> position of a row in it -> the row's ordinal in the split."""
+    """Document -> position of a row in it -> the row's ordinal in the split. Rows that are not finite have no code."""
     found: dict[str, dict[int, int]] = {name: {} for name in wanted}
-    for start, batch in _blocks(reader, split, ("document", "position")):
-        pairs = zip(batch.column("document").to_pylist(), batch.column("position").to_pylist(), strict=True)
-        for ordinal, (name, position) in enumerate(pairs, start):
-            if name in found:
+    for start, batch in _blocks(reader, split, None):
+        finite = finite_rows(as_seen(reader.manifest, batch)[0]).tolist()
+        pairs = zip(batch.column("document").to_pylist(), batch.column("position").to_pylist(), finite, strict=True)
+        for ordinal, (name, position, usable) in enumerate(pairs, start):
+            if usable and name in found:
                 found[name][position] = ordinal
     return found
 
@@ -127,6 +132,30 @@ def classes_of(labels: Sequence[str | None]) -> list[str]:
             f"the train documents have {held}, and faithfulness asks how well two or more are told apart: ingest with"
             " --set label=COLUMN (or folders of .txt), or leave model= and source= out for the concepts alone."
         )
+    return found
+
+
+def folds_of(targets: npt.NDArray[np.int64], classes: Sequence[str]) -> int:
+    """How many folds the train documents are cut into: STRATA, or as many as the rarest class has documents.
+
+    Raises:
+        Refused: a class of one document.
+    """
+    counts = np.bincount(targets, minlength=len(classes))
+    if counts.min() < 2:
+        rare = classes[int(counts.argmin())]
+        raise Refused(
+            f"the class {rare!r} has fewer than two train documents, and probes need two of each class: ingest more of"
+            " it, or leave it out of the source."
+        )
+    return min(STRATA, int(counts.min()))
+
+
+def labels_of(reader: ShardReader, split: str) -> dict[str, str | None]:
+    """Document -> its label, without reading vectors."""
+    found: dict[str, str | None] = {}
+    for _, batch in _blocks(reader, split, ("document", "label")):
+        found.update(zip(batch.column("document").to_pylist(), batch.column("label").to_pylist(), strict=True))
     return found
 
 
@@ -197,10 +226,7 @@ def ask(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    folds = min(STRATA, int(np.bincount(train_targets, minlength=len(classes)).min()))
-    if folds < 2:
-        rare = classes[int(np.bincount(train_targets, minlength=len(classes)).argmin())]
-        raise Refused(f"the class {rare!r} has fewer than two train documents; probes need two of each class.")
+    folds = folds_of(train_targets, classes)
     right: dict[str, list[npt.NDArray[np.bool_]]] = {name: [] for name in forms}
     for kept, _ in StratifiedKFold(folds, shuffle=True, random_state=seed).split(train, train_targets):
         network = MLPClassifier(

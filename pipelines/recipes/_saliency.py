@@ -5,8 +5,8 @@ sentence vectors of the later layer; the model's own blocks lie between. A token
 layer's dimensions, and a word's the sum over its tokens.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from pipelines import storage
 from pipelines.corpora import _activation_rows as rows
 from pipelines.corpora import _language_models as models
+from pipelines.corpora import _text_documents as documents
 from pipelines.corpora import activations
 from pipelines.errors import Refused
 from pipelines.parts import Part, run_parts
@@ -72,20 +73,27 @@ def texts_of(sources: list[str], settings: activations.ActivationSettings, wante
     """The wanted documents of the sources, read as the ingest read them. `settings` name the model.
 
     Raises:
-        Refused: as the corpus's survey; or sources without a single one of the documents.
+        Refused: as the corpus's survey.
     """
     names = set(wanted)
     # Train documents may have lost words to a filter; rows that are not in the shards are left out by who looks.
     whole = settings.model_copy(update={"min_word_count": 1, "max_word_occurrences": None})
     found = activations.survey(sources, whole)
     tokenizer = whole.open_tokenizer()
-    texts = {text.name: text for piece in found.slices for text in _texts(piece, whole, tokenizer, names)}
-    if not texts:
-        raise Refused(
-            f"none of the {len(names):,} documents of these shards (such as {min(names)!r}) is in"
-            f" {', '.join(sources)}; give the source that was ingested, from the same folder on."
-        )
-    return texts
+    return {text.name: text for piece in found.slices for text in _texts(piece, whole, tokenizer, names)}
+
+
+def check_texts(sources: list[str], settings: activations.ActivationSettings, wanted: Collection[str]) -> None:
+    """Raise Refused unless one of the wanted documents is in the sources. Neither the model nor its tokenizer reads."""
+    found = activations.survey(sources, settings)
+    for piece in found.slices:
+        for _, document, _ in documents.read(piece, lambda _: True):
+            if isinstance(document, documents.Document) and document.name in wanted:
+                return
+    raise Refused(
+        f"none of the {len(wanted):,} documents of these shards (such as {min(wanted)!r}) is in {', '.join(sources)};"
+        " give the source that was ingested, from the same folder on."
+    )
 
 
 def _texts(piece: Any, settings: activations.ActivationSettings, tokenizer: Any, names: set[str]) -> Iterator[Text]:
@@ -193,6 +201,8 @@ def _captum() -> Any:
 class Kept:
     """What a report leaves for others."""
 
+    shards: str
+    """Digest of the manifest: whose documents these are, and whose labels the explained classifier was fitted to."""
     layer: int
     upto: int
     steps: int
@@ -207,6 +217,11 @@ def kept(home: str) -> Kept | None:
     if not storage.exists(uri):
         return None
     record = storage.read_json(uri)
+    if record.keys() != {field.name for field in fields(Kept)}:
+        raise Refused(
+            f"{uri} was written by another version of vqray, and does not say of which shards it is: make it"
+            " anew with model= and source=."
+        )
     return Kept(**{**record, "documents": [Salience(**found) for found in record["documents"]]})
 
 

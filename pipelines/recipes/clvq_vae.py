@@ -33,6 +33,7 @@ from pipelines.recipe import Batch, Grouping, Losses, Measured, Recipe, Report, 
 from pipelines.recipes import _activations as activations
 from pipelines.recipes import _clvq_claims as paper
 from pipelines.recipes import _concept_report as reports
+from pipelines.recipes._concepts import ConceptModel
 from vqcore import losses, metrics, seeding
 from vqcore.assign import Metric
 from vqcore.quantizers import Quantized, TemperedQuantizer, VectorBatch
@@ -265,8 +266,7 @@ def decode(model: CrossLayer, codes: Int64[Tensor, " B"]) -> dict[str, Tensor]:
     (which then has the code vector in its place)."""
     vectors = model.quantizer.look_up(codes)
     out = model.render(vectors, vectors, codes != -1, together=1)
-    most = torch.finfo(torch.float16).max
-    return {model.column_out: out.clamp(-most, most).half()}
+    return {model.column_out: activations.as_stored(out)}
 
 
 def measure(model: CrossLayer, batch: Batch) -> Measured:
@@ -316,7 +316,7 @@ def geometry(model: CrossLayer, counts: Float[Tensor, "1 K"]) -> dict[str, float
     return metrics.alikeness(model.quantizer.codebook.vectors[counts[0] > 0])
 
 
-def concept_model(model: CrossLayer) -> reports.ConceptModel:
+def concept_model(model: CrossLayer) -> ConceptModel:
     """Codes as directions of the lower layer: that of a row is the vector of the code nearest to its z_e."""
     s, book = model.settings, model.quantizer.codebook.vectors
 
@@ -325,7 +325,7 @@ def concept_model(model: CrossLayer) -> reports.ConceptModel:
             return book[model.quantizer.assign(model.encoder(rows.to(book)))].unsqueeze(1)
 
     memory = "" if s.memory == "source" else ", strict"
-    return reports.ConceptModel(book, directions, s.layer_in or 0, f"layers {s.layer_in} to {s.layer_out}{memory}")
+    return ConceptModel(book, directions, s.layer_in or 0, f"layers {s.layer_in} to {s.layer_out}{memory}")
 
 
 def write_report(job: ReportJob) -> dict[str, float]:

@@ -19,6 +19,7 @@ from torch.optim import Adam, Optimizer
 from pipelines.recipe import Batch, Losses, Measured, Recipe, Report, ReportJob, Settings, Share, Stage
 from pipelines.recipes import _activations as activations
 from pipelines.recipes import _concept_report as reports
+from pipelines.recipes._concepts import ConceptModel
 from vqcore import losses, metrics
 
 
@@ -110,7 +111,7 @@ def encode(model: Sparse, batch: Batch) -> Int64[Tensor, " B"]:
 def decode(model: Sparse, codes: Int64[Tensor, " B"]) -> dict[str, Tensor]:
     """What one neuron adds at activity 1: how active it was is not in its code."""
     rows = model.decoder.weight.T[codes.clamp(min=0)] * (codes >= 0).unsqueeze(-1) + model.decoder.bias
-    return {model.column_out: rows.half()}
+    return {model.column_out: activations.as_stored(rows)}
 
 
 def measure(model: Sparse, batch: Batch) -> Measured:
@@ -150,7 +151,7 @@ def write_report(job: ReportJob) -> dict[str, float]:
             return weight[model.encoder(rows.to(weight)).topk(job.settings.neurons, dim=-1).indices]
 
     what = f"a sparse autoencoder ({s.activation}), layers {s.layer_in} to {s.layer_out}"
-    return reports.write(job, reports.ConceptModel(weight, directions, s.layer_in or 0, what))
+    return reports.write(job, ConceptModel(weight, directions, s.layer_in or 0, what))
 
 
 recipe = Recipe(
@@ -169,6 +170,6 @@ recipe = Recipe(
     space={
         "num_codes": "choice:1024,2048,4096,8192",
         "sparsity_weight": "1e-5..1e-2:log",
-        "active": "choice:8,16,32,64",
+        "learning_rate": "3e-4..3e-3:log",
     },
 )

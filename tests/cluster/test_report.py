@@ -80,14 +80,14 @@ def test_one_command_makes_the_page_and_again_does_nothing(story, capsys):
 
 
 def test_a_report_that_was_stopped_goes_on_and_attributions_can_be_taken_over(story, tmp_path, monkeypatch):
-    from pipelines.recipes import _concept_report as concept_report
+    from pipelines.recipes import _concept_ablation as ablation
     from pipelines.recipes import _saliency as saliency
 
     def stop(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(concept_report.faithfulness, "ask", stop)
+        patch.setattr(ablation.faithfulness, "ask", stop)
         with pytest.raises(KeyboardInterrupt):
             report(story.run, story.shards, str(tmp_path / "a"), overrides=story.given())
     monkeypatch.setattr(saliency, "salience", stop)
@@ -130,8 +130,19 @@ def test_texts_of_one_class_are_refused_with_what_to_do(story, tmp_path):
     shards = str(tmp_path / "shards")
     words = ["ingest", "--bundle", story.run, "--source", str(only), "--out", shards, "--holdout", "0.2"]
     assert cli.main([*words, "--set", f"model={story.model}"]) == 0
+    out = tmp_path / "out"
     with pytest.raises(Refused, match="only the label 'cats'"):
-        report(story.run, shards, str(tmp_path / "out"), overrides=story.given(source=str(only)))
+        report(story.run, shards, str(out), overrides=story.given(source=str(only)))
+    assert not out.exists(), "nothing was begun"
+
+
+def test_other_texts_than_those_of_the_shards_are_refused_before_any_work(story, tmp_path):
+    others, out = tmp_path / "others", tmp_path / "out"
+    (others / "elsewhere").mkdir(parents=True)
+    (others / "elsewhere" / "0.txt").write_text("the cat sat on the mat")
+    with pytest.raises(Refused, match=r"none of the \d+ documents of these shards .* is in .*others"):
+        report(story.run, story.shards, str(out), overrides=story.given(source=str(others)))
+    assert not out.exists(), "nothing was begun"
 
 
 def test_a_recipe_without_a_report_names_those_with_one(story, tmp_path, monkeypatch):

@@ -185,6 +185,11 @@ def test_a_single_layer_may_be_asked_for():
     assert (found.layer_in, found.layer_out) == (1, 1)
 
 
+def test_the_later_layer_first_is_refused():
+    with pytest.raises(Refused, match="layer_in=2 lies above layer_out=1"):
+        clvq_vae.resolve(ConceptSettings(layer_in=2, layer_out=1), kinds.SHAPES["activations"])
+
+
 def test_fewer_rows_than_codes_is_an_error_that_names_both(shards, tmp_path):
     rows = ShardReader(shards).rows("train")
     spec = spec_of(NAME, shards, tmp_path / "run", steps=2, num_codes=rows + 1)

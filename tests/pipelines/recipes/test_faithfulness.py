@@ -137,6 +137,26 @@ def test_sentence_vectors_are_the_first_rows_or_the_means(first, tmp_path):
     assert not faithfulness.first_is_special(reader, "test")
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_rows_that_are_not_finite_count_nowhere(first, tmp_path):
+    """Where they stand first, a document has no first token any more, and is left out of `first`."""
+    whole = ShardReader(make_activation_shards(tmp_path / "whole"))
+    broken = ShardReader(make_activation_shards(tmp_path / "broken", broken=60))
+    found = faithfulness.sentences(broken, "test", {1, 2}, first=first)
+    batch = whole.take("test", np.arange(whole.rows("test")))
+    names, later = batch.column("document").to_pylist(), batch.column("position").to_numpy() > 0
+    rows = batch.column("layer_2").to_numpy_ndarray().astype(np.float32)
+    kept = [] if first else sorted({name for name, usable in zip(names, later, strict=True) if usable})
+    assert sorted(found.names) == kept
+    np.testing.assert_allclose(found.mean[2], rows[later].mean(0), atol=1e-3)
+    for number, name in enumerate(found.names):
+        mine = rows[later & (np.array(names) == name)]
+        np.testing.assert_allclose(found.vectors[2][number], mine.mean(0), atol=1e-3)
+    places = faithfulness.places_of(broken, "test", set(names))
+    assert all(0 not in found for found in places.values())
+    assert sum(map(len, places.values())) == int(later.sum())
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("models")
@@ -215,7 +235,8 @@ def test_texts_are_cut_as_the_ingest_cut_them_without_what_stands_behind(folders
     assert text.positions == [0, 1, 2, 3, 4]
     assert len(text.ids) == 7
     with pytest.raises(Refused, match=re.escape("'elsewhere.txt'")):
-        saliency.texts_of([str(table)], settings, ["elsewhere.txt"])
+        saliency.check_texts([str(table)], settings, {"elsewhere.txt"})
+    saliency.check_texts([str(table)], settings, {"elsewhere.txt", "texts.csv/1"})
 
 
 @pytest.mark.parametrize(("first", "expected"), [(True, [1, 0, 0, 0]), (False, [0, 1 / 2, 1 / 4, 1 / 4])])

@@ -57,6 +57,13 @@ def test_a_code_is_the_most_active_neuron_also_where_none_is_above_nought():
     assert torch.equal(codes[batch.mask], expected[batch.mask])
 
 
+def test_what_does_not_fit_into_float16_is_decoded_to_its_end():
+    model = model_of()
+    torch.nn.init.constant_(model.decoder.bias, 1e6)
+    decoded = sparse_autoencoder.decode(model, torch.tensor([0, -1]))["layer_2"]
+    assert decoded.tolist() == [[65504.0] * decoded.shape[1]] * 2
+
+
 @pytest.mark.parametrize("activation", ["relu", "top_k"])
 def test_it_learns(activation, tmp_path):
     shards = make_activation_shards(tmp_path / "shards")
