@@ -116,7 +116,10 @@ def _check_files(name: str, folder: Path, gguf_file: str | None) -> None:
                 "loaded, so only .safetensors and .gguf are read. Convert once, where you trust it: "
                 "AutoModel.from_pretrained(...).save_pretrained(...) writes safetensors."
             )
-        raise Refused(f"{name} has no weights: neither *.safetensors nor *.gguf; it holds {', '.join(held[:8])}.")
+        raise Refused(
+            f"{name} has no weights: neither *.safetensors nor *.gguf; it holds {', '.join(held[:8])}. Copy the rest of"
+            " the model into it, or give the hub name it came from."
+        )
     if not any(file in held for file in TOKENIZER_FILES):
         raise Refused(f"{name} has no tokenizer; one of {', '.join(TOKENIZER_FILES)} must lie beside config.json.")
 
