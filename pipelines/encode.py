@@ -50,12 +50,14 @@ def encode(bundle: str, shards: str, out: str, *, split: str = "all", parquet: b
     """Encode one split (or `all`) of a manifest. Rows keep their ids and splits; the schema names the bundle's digest.
 
     Raises:
-        Refused: shards prepared otherwise than the bundle's training data, an empty split, or an `out` that holds
-            something else.
+        Refused: shards prepared otherwise than the bundle's training data, an empty split, an `out` that holds
+            something else, or a model without a codebook.
         Failed: a row with a value that is not finite, since it has no codes.
     """
     out, directory = storage.normalise(out), registry.local_bundle(bundle)
     model, reader = opened_for(directory, shards, split)
+    if not model.recipe.codebooks(model.settings):
+        raise Refused(f"{bundle} has no codebook, so there are no codes to encode to; `vqray evaluate` measures it.")
     request = {"bundle": model.digest, "shards": reader.manifest.digest, "split": split}
     if done := finished(out, request, "codes"):
         return Made(out, done.digest, done.rows(), skipped=True)

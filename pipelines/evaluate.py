@@ -57,7 +57,7 @@ def evaluate(bundle: str, shards: str, out: str, split: str = "test") -> Evaluat
         return Evaluation(out, model.digest, int(record["metrics"]["rows"]), record["metrics"], pictures, True)
     sums = _sums_over(directory, reader, split, out)
     found = _metrics(model, sums)
-    names = _draw(model, reader, split, sums["counts"], out)
+    names = _draw(model, reader, split, sums.get("counts"), out)
     _track(model, request, found, [storage.join(out, name) for name in names])
     storage.write_json_atomic(home, {"metrics": found, "pictures": names})
     return Evaluation(
@@ -101,7 +101,7 @@ class _Ones(dict[str, Tensor]):
 
 def _metrics(model: Trained, sums: dict[str, Tensor]) -> dict[str, float]:
     found = {**_shared_metrics(model, sums), **model.recipe.summarise(sums)}
-    if model.recipe.geometry is None:
+    if model.recipe.geometry is None or "counts" not in sums:
         return found
     with torch.inference_mode():
         return {**found, **model.recipe.geometry(model.model, sums["counts"])}
@@ -130,10 +130,11 @@ def _measure_shard(shards: str, split: str, shard: int, payload: None, model: Tr
     for batch in _batches(model, reader, shard, split):
         with torch.inference_mode():
             measured = model.recipe.measure(model.model, batch)
-        per_level = measured.codes.flatten(1, -2).unbind(-1) if len(sizes) > 1 else [measured.codes]
-        counts = [metrics.counts_of(codes, k) for codes, k in zip(per_level, sizes, strict=True)]
-        padded = torch.stack([torch.nn.functional.pad(c, (0, max(sizes) - len(c))) for c in counts])
-        found = {**measured.sums, "rows": batch.mask.sum(), "counts": padded}
+        found = {**measured.sums, "rows": batch.mask.sum()}
+        if sizes:
+            per_level = measured.codes.flatten(1, -2).unbind(-1) if len(sizes) > 1 else [measured.codes]
+            counts = [metrics.counts_of(codes, k) for codes, k in zip(per_level, sizes, strict=True)]
+            found["counts"] = torch.stack([torch.nn.functional.pad(c, (0, max(sizes) - len(c))) for c in counts])
         for name, value in found.items():
             totals[name] = totals[name] + value.double() if name in totals else value.double()
     return {name: value.tolist() for name, value in totals.items()}
@@ -149,8 +150,10 @@ def _batches(model: Trained, reader: ShardReader, shard: int, split: str) -> Ite
 
 
 def _shared_metrics(model: Trained, sums: dict[str, Tensor]) -> dict[str, float]:
-    """What every recipe is measured by; of several levels, the mean over levels."""
+    """What every recipe is measured by; of several levels, the mean over levels. A baseline may have no codebook."""
     sizes = [size for size, _ in model.recipe.codebooks(model.settings)]
+    if not sizes:
+        return {"rows": float(sums["rows"])}
     counts = [row[:size] for row, size in zip(sums["counts"], sizes, strict=True)]
     rows = float(sums["rows"])
     codes_per_row = float(sums["counts"].sum()) / len(sizes) / rows if rows else 0.0
@@ -177,9 +180,9 @@ def _track(model: Trained, request: dict[str, str], found: dict[str, float], pic
     run.finish("FINISHED")
 
 
-def _draw(model: Trained, reader: ShardReader, split: str, counts: Tensor, out: str) -> list[str]:
-    """The recipe's pictures of rows spread over the split, and the usage plot."""
-    figures = {"usage": usage_plot(counts, f"{model.recipe.name}: codes on {split}")}
+def _draw(model: Trained, reader: ShardReader, split: str, counts: Tensor | None, out: str) -> list[str]:
+    """The recipe's pictures of rows spread over the split, and the usage plot where there are codes."""
+    figures = {} if counts is None else {"usage": usage_plot(counts, f"{model.recipe.name}: codes on {split}")}
     if model.recipe.pictures is not None:
         rows = reader.rows(split)
         ordinals = np.unique(np.linspace(0, rows - 1, min(PICTURED, rows)).astype(np.int64))

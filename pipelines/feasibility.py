@@ -90,7 +90,7 @@ class Feasibility:
         if self.capacity is not None and (held := sum(k * d for k, d in books)) != self.capacity:
             raise Refused(f"its codebooks hold {held:,} numbers, not {self.capacity:,}")
         rows, vectors = self.reader.rows("train"), self.vectors_per_row(point)
-        if (most := max(k for k, _ in books)) > rows * vectors:
+        if (most := max((k for k, _ in books), default=0)) > rows * vectors:
             raise Refused(
                 f"num_codes={most} is more than the {rows * vectors:,} vectors of the train split"
                 f" ({rows:,} rows x {vectors}); take a smaller num_codes, or ingest more"
@@ -111,9 +111,11 @@ class Feasibility:
         return self._vectors[key]
 
     def _following(self, point: Point) -> int:
+        books = self.found.codebooks(self.resolved(point))
+        if not books:
+            raise Refused("these settings have no codebook, so --capacity and --bits say nothing of them")
         if self.bits is not None:
             return self._size_at_rate(point)
-        books = self.found.codebooks(self.resolved(point))
         here = sum(d if self.follows == SIZE else k for k, d in books)
         if (self.capacity or 0) % here:
             other = DIM if self.follows == SIZE else SIZE

@@ -150,7 +150,7 @@ def _run_stage(number: int, before: int, trainee: Trainee, session: Session, sav
     """`before` is the number of steps of earlier stages: one curve of metrics runs through all of them."""
     spec, stage, totals, say = session.spec, trainee.stage, session.totals, session.say
     saves = _Saves(number, before, trainee, session)
-    how = How(_forwards(trainee.quantizers, spec), spec.precision)
+    how = How(_forwards(trainee.quantizers, spec), spec.precision, spec.seed)
     source = session.feed.open(spec, session.settings, stage, session.device, say, saved.state if saved else {})
     trainee.model.train()
     first = _begin(trainee, session, source, saved)

@@ -55,6 +55,9 @@ class Share:
     world: int
     totals: Mapping[str, float]
     """Name -> count summed over workers and micro-batches, from the stage's `counts`."""
+    step: int = 0
+    """The step's number in its stage, and the run's seed: what draws of a recipe's own follow from, with row keys."""
+    seed: int = 0
 
     def mean(self, local_sum: Tensor, of: str = "rows") -> Tensor:
         """W x local_sum / n; 0, still attached to the graph, where the global count is 0 (DESIGN: losses)."""
@@ -284,6 +287,8 @@ class Recipe:
     geometry: Callable[[Any, Float[Tensor, "L K"]], dict[str, float]] | None = None
     """(model, how often each code of each level was chosen in the split) -> metrics of the codes in use, such as how
     alike they are."""
+    fitted: Callable[[Any], dict[str, float]] | None = None
+    """model -> what was fitted to train rows beside the network, such as a scale: the card says it in plain numbers."""
     pictures: Callable[[Any, Batch], dict[str, Any]] | None = None
     """A few rows -> name -> matplotlib Figure."""
     report: Report | None = None

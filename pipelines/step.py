@@ -8,7 +8,7 @@ revived in this step keeps the vector it was given.
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import torch
@@ -63,6 +63,7 @@ class How:
     micro_batches: int
     """Forwards a step of this worker."""
     precision: str
+    seed: int = 0
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
@@ -76,6 +77,7 @@ def one_step(
     """Train on this worker's share of a global batch. Returns the strongest wish of any worker, the same on all."""
     stage, model = trainee.stage, trainee.model
     share, lost, wish = _sum_counts(stage.counts(model, batch), non_finite, wish, batch.mask.device, watch)
+    share = replace(share, step=step, seed=how.seed)
     totals.non_finite_rows += lost
     if share.totals["rows"] == 0:
         return wish

@@ -46,7 +46,9 @@ def write_trained(out: str, model: nn.Module, about: Mapping[str, Any]) -> str:
     Args:
         about: what the card says beside the files' digests and the package versions. No times, hosts or paths.
     """
-    card = {**about, "packages": {name: version(name) for name in PACKAGES}}
+    found = recipe.load(about["recipe"])
+    fitted = {} if found.fitted is None else {"fitted": found.fitted(model)}
+    card = {**about, **fitted, "packages": {name: version(name) for name in PACKAGES}}
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     home = storage.join(out, "bundle")
     if storage.is_local(home):

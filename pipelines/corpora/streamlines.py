@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -35,6 +36,9 @@ SPLIT_FOLDERS = {
     **{"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"},
     **{"trainset": "train", "validset": "valid", "testset": "test"},
 }
+WHOLE = "w"
+SIDES = {"train": "t", "valid": "v", "test": "e"}
+SPLIT_OF_SIDE = {letter: split for split, letter in SIDES.items()}
 LOOK_AT_ONCE = 16
 """Files surveyed at a time: most of it is waiting for a disk or a network."""
 
@@ -53,8 +57,10 @@ class StreamlineSettings(CorpusSettings):
         description="regular expression found in a file's name, with groups (?P<subject>...) and (?P<bundle>...); "
         "what it has no group for is the parent folder (subject) and the file's stem (bundle)",
     )
-    split_by: Literal["auto", "subject", "file", "row"] = Field(
-        "auto", description="what stays in one split; auto: the subject where there are several, else the row"
+    split_by: Literal["auto", "subject", "file", "streamline", "row"] = Field(
+        "auto",
+        description="what stays in one split; auto: the subject where there are several, else the streamline, and a "
+        "chunk holds those of one split; row: chunks are made first (DVQ-VAE's own split)",
     )
 
     @field_validator("pattern")
@@ -130,15 +136,38 @@ def _surveyed(
             start += run.units
     split_by = settings.split_by
     if split_by == "auto":
-        split_by = "subject" if len(subjects) > 1 else "row"
-        if split_by == "row" and not splits:
+        split_by = "subject" if len(subjects) > 1 else "streamline"
+        if split_by == "streamline" and not splits:
             print(
-                "all streamlines are of one subject: the split is by row, so neighbours of one bundle lie on both sides"
-                " of it and test scores say nothing about other subjects (DVQ-VAE's own split is such a one)."
-                " --set split_by=file keeps files whole; --set pattern=... tells subjects apart by name.",
+                "all streamlines are of one subject: the split is by streamline, so neighbours of one bundle lie on"
+                " both sides of it and test scores say nothing about other subjects. --set split_by=file keeps files"
+                " whole; --set pattern=... tells subjects apart by name.",
                 file=sys.stderr,
             )
+    if split_by == "row" and settings.rows == "chunks" and not splits:
+        print(
+            "split_by=row: whole chunks are split, as in DVQ-VAE's code. The last chunk of a file is filled up with"
+            " repeats of streamlines whose own chunk may be in another split; split_by=streamline has none of that.",
+            file=sys.stderr,
+        )
     return Survey(slices, {"bundles": bundles, "subjects": len(subjects), "split_by": split_by}, dict(ignored))
+
+
+def prepare(
+    found: Survey,
+    settings: StreamlineSettings,
+    wanted: Callable[[int], bool],
+    split_of: Callable[[str, str | None], str],
+) -> Survey:
+    """Chunks of streamlines that are split one by one: each slice is told where its units go, a letter each."""
+    if settings.rows == "single" or found.context["split_by"] != "streamline":
+        return found
+    slices = []
+    for piece in found.slices:
+        names = (f"{piece.name}#{unit}" for unit in range(piece.start, piece.stop))
+        sides = "".join(SIDES[split_of(name, piece.meta["split"])] for name in names)
+        slices.append(replace(piece, meta={**piece.meta, "sides": sides}))
+    return replace(found, slices=slices)
 
 
 def _cuts(source: files.Source, multiple: int) -> list[files.Cut]:
@@ -253,32 +282,45 @@ def _points(piece: Slice, wanted: Callable[[int], bool]) -> Iterator[tuple[int, 
 def _chunks(
     piece: Slice, context: Mapping[str, Any], settings: StreamlineSettings, wanted: Callable[[int], bool]
 ) -> Iterator[tuple[int, Row | Bad | Filtered | Joined, bytes]]:
-    """A row stands at every `chunk`-th good unit, and at the last; which streamlines are in it is another matter."""
+    """A row stands at every `chunk`-th good unit of a split, and at the last; which ones are in it is another matter.
+
+    Without `sides` all units are of one split.
+    """
     units = list(_curves(piece, settings, wanted))
-    good = [(unit, made) for unit, made, _ in units if isinstance(made, tuple)]
-    chosen = np.arange(len(good)) if settings.order == "file" else _shuffled(piece, len(good))
-    done = 0
+    sides = piece.meta.get("sides") or WHOLE * (piece.stop - piece.start)
+    good: dict[str, list[tuple[int, Curve]]] = {side: [] for side in sorted(set(sides))}
+    for unit, made, _ in units:
+        if isinstance(made, tuple):
+            good[sides[unit]].append((unit, made))
+    if settings.order == "shuffled":
+        good = {side: [found[place] for place in _shuffled(piece, len(found))] for side, found in good.items()}
+    done = dict.fromkeys(good, 0)
     for unit, made, digest in units:
         if isinstance(made, Bad | Filtered):
             yield unit, made, digest
             continue
-        done += 1
-        if done % settings.chunk and done < len(good):
+        side = sides[unit]
+        done[side] += 1
+        if done[side] % settings.chunk and done[side] < len(good[side]):
             yield unit, Joined(), digest
             continue
-        # The last chunk is filled up with streamlines of the first ones.
-        first = (done - 1) // settings.chunk * settings.chunk
-        places = np.arange(first, first + settings.chunk)
-        members = [good[chosen[place % len(good)]] for place in places]
-        name = f"{piece.name}#{piece.start}+{first // settings.chunk}"
-        values = {
-            "points": np.stack([points for _, (points, _) in members]),
-            "real": (places < len(good)).astype(np.uint8),
-            "length": np.array([length for _, (_, length) in members], np.float32),
-            "index": np.array([piece.start + unit for unit, _ in members], np.int64),
-            **_about(piece, name),
-        }
-        yield unit, Row(values, _split_group(piece, context, name), piece.meta["split"]), digest
+        number = (done[side] - 1) // settings.chunk
+        name = f"{piece.name}#{piece.start}+{side.replace(WHOLE, '')}{number}"
+        values = {**_chunk(good[side], number, settings.chunk, piece.start), **_about(piece, name)}
+        split = piece.meta["split"] if side == WHOLE else SPLIT_OF_SIDE[side]
+        yield unit, Row(values, _split_group(piece, context, name), split), digest
+
+
+def _chunk(good: list[tuple[int, Curve]], number: int, size: int, start: int) -> dict[str, Any]:
+    """Columns of one chunk; where there are too few, it is filled up with streamlines of the first ones."""
+    places = np.arange(number * size, (number + 1) * size)
+    members = [good[place % len(good)] for place in places]
+    return {
+        "points": np.stack([points for _, (points, _) in members]),
+        "real": (places < len(good)).astype(np.uint8),
+        "length": np.array([length for _, (_, length) in members], np.float32),
+        "index": np.array([start + unit for unit, _ in members], np.int64),
+    }
 
 
 def _shuffled(piece: Slice, count: int) -> np.ndarray:
@@ -293,7 +335,7 @@ def _about(piece: Slice, name: str) -> dict[str, Any]:
 
 
 def _split_group(piece: Slice, context: Mapping[str, Any], name: str) -> str:
-    return {"subject": piece.meta["subject"], "file": piece.name, "row": name}[context["split_by"]]
+    return {"subject": piece.meta["subject"], "file": piece.name}.get(context["split_by"], name)
 
 
 def schema(settings: StreamlineSettings) -> pa.Schema:
@@ -378,6 +420,7 @@ def _prefixes(sources: list[str]) -> list[str]:
 corpus = Corpus(
     Settings=StreamlineSettings,
     survey=survey,
+    prepare=prepare,
     read=read,
     schema=schema,
     shapes=shapes,

@@ -15,8 +15,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "images": {"image": [1, 16, 16]},
     "activations": {"layer_1": [WIDTH], "layer_2": [WIDTH]},
     "proteins": dict.fromkeys(("backbone", "atom_mask", "residue_mask", "residues", "numbers")),
+    "streamlines": {"points": [8, 16, 3], "real": [8]},
 }
-SMALL: dict[str, dict[str, Any]] = {"images": {}, "activations": {"sequence": 4}, "proteins": {}}
+SMALL: dict[str, dict[str, Any]] = {
+    "images": {}, "activations": {"sequence": 4}, "proteins": {}, "streamlines": {"chunk": 4},
+}  # fmt: skip
 """Settings beside `batch_size` that keep a kind's recipes small."""
 
 
@@ -28,6 +31,9 @@ def columns(kind: str, rows: int, seed: int = 0) -> dict[str, Tensor]:
         return {"image": pixels, "label": torch.zeros(rows, dtype=torch.int32)}
     if kind == "proteins":
         return _proteins(rows, seed)
+    if kind == "streamlines":
+        steps = torch.randn(rows, *SHAPES[kind]["points"], generator=drawn)
+        return {"points": steps.cumsum(2), "real": torch.ones(rows, *SHAPES[kind]["real"], dtype=torch.bool)}
     vectors = {name: torch.randn(rows, *shape, generator=drawn).half() for name, shape in SHAPES[kind].items()}
     return {**vectors, "position": torch.arange(rows, dtype=torch.int32)}
 

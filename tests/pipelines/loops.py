@@ -38,6 +38,10 @@ TINY = {
         "encoder_width": 8, "encoder_heads": 2, "encoder_inner": 12, "decoder_width": 16, "decoder_blocks": 1,
         "decoder_heads": 2, "decoder_inner": 24, "pair_inner": 8, "batch_size": 8, "learning_rate": 2e-3,
     },
+    "streamline_dvqvae": {
+        "num_codes": 12, "code_dim": 6, "chunk": 4, "width": 8, "residual_width": 4, "residual_layers": 1,
+        "batch_size": 8, "learning_rate": 2e-3,
+    },
     "sparse_autoencoder": {"num_codes": 24, "batch_size": 32, "learning_rate": 1e-2},
 }  # fmt: skip
 

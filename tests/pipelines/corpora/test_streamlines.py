@@ -20,6 +20,7 @@ from pipelines.corpora._streamline_shapes import along, resampled
 from pipelines.corpora.streamlines import StreamlineSettings
 from pipelines.errors import Failed, Refused
 from pipelines.options import validated
+from pipelines.reading import Selection
 from pipelines.shards import ShardReader
 from tests.pipelines.corpora.test_streamline_formats import as_tck, as_trk, lines
 
@@ -253,14 +254,58 @@ def test_subjects_stay_on_one_side_of_the_split_unless_told(tmp_path, capsys, sp
     assert capsys.readouterr().err == ""
 
 
-def test_one_subject_is_split_by_row_and_that_is_said(tmp_path: Path, capsys) -> None:
+def test_one_subject_is_split_by_streamline_and_that_is_said(tmp_path: Path, capsys) -> None:
     write(tmp_path, {"AF.trk": as_trk(lines(2)), "CST.trk": as_trk(lines(7))})
     assert [row.group for row in rows_of(read_all(tmp_path))][:2] == ["AF.trk#0", "AF.trk#1"]
     said = capsys.readouterr().err
-    assert "all streamlines are of one subject: the split is by row" in said
+    assert "all streamlines are of one subject: the split is by streamline" in said
     assert "--set split_by=file" in said
-    chunks = rows_of(read_all(tmp_path, CHUNKS))
+
+
+def test_whole_chunks_are_split_where_asked_for_and_that_is_said(tmp_path: Path, capsys) -> None:
+    write(tmp_path, {"AF.trk": as_trk(lines(2)), "CST.trk": as_trk(lines(7))})
+    chunks = rows_of(read_all(tmp_path, CHUNKS.model_copy(update={"split_by": "row"})))
     assert [row.group for row in chunks] == [row.values["name"] for row in chunks]
+    assert "repeats of streamlines whose own chunk may be in another split" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("order", ["shuffled", "file"])
+@pytest.mark.parametrize("slice_bytes", [1500, 1 << 20])
+def test_no_streamline_is_in_chunks_of_two_splits(tmp_path, monkeypatch, slice_bytes, order) -> None:
+    """The splits are those of the single streamlines, and repeats come from the chunk's own split."""
+    monkeypatch.setattr("pipelines.corpora._streamline_files.SLICE_BYTES", slice_bytes)
+    write(tmp_path, {"AF.tck": as_tck(lines(60)), "CST.tck": as_tck(lines(3))})
+    settings = CHUNKS.model_copy(update={"order": order})
+    selection = Selection(63, None, 0.4)
+    survey = streamlines.survey([str(tmp_path)], settings)
+    survey = streamlines.prepare(survey, settings, selection.wanted, selection.split_of)
+    seen: dict[str, set[str]] = {"train": set(), "valid": set(), "test": set()}
+    count = 0
+    for piece in survey.slices:
+        for _, row, _ in streamlines.read(piece, survey.context, settings, lambda _: True):
+            if isinstance(row, Row):
+                seen[row.split] |= {f"{piece.name}#{index}" for index in row.values["index"]}
+                count += int(row.values["real"].sum())
+    assert count == 63
+    assert sum(map(len, seen.values())) == 63
+    for split, names in seen.items():
+        assert names
+        assert {selection.split_of(name, None) for name in names} == {split}
+
+
+def test_official_splits_stay_those_of_chunks(tmp_path: Path) -> None:
+    write(tmp_path, {"trainset/x.trk": as_trk(lines(20)), "testset/y.trk": as_trk(lines(6))})
+    settings = CHUNKS.model_copy(update={"split_by": "streamline"})
+    selection = Selection(26, None, 0.3)
+    survey = streamlines.survey([str(tmp_path)], settings)
+    survey = streamlines.prepare(survey, settings, selection.wanted, selection.split_of)
+    found = {
+        (piece.name, row.split)
+        for piece in survey.slices
+        for _, row, _ in streamlines.read(piece, survey.context, settings, lambda _: True)
+        if isinstance(row, Row)
+    }
+    assert found == {("testset/y.trk", "test"), ("trainset/x.trk", "train"), ("trainset/x.trk", "valid")}
 
 
 def test_official_splits_win(tmp_path: Path, capsys) -> None:

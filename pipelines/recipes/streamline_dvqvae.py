@@ -1,0 +1,387 @@
+"""DVQ-VAE: chunks of a white-matter bundle as grids of codes, mixed softly so that all codes learn by gradient.
+
+Paper: Lizarraga et al., "Differentiable VQ-VAE's for Robust White Matter Streamline Encodings", arXiv 2311.06212. Its
+       text was not to be had here: what follows is the authors' code (drewrl3v/diff-vq-vae on GitHub, MIT).
+Run:   vqray ingest --corpus streamlines --source bundles/ --out shards --set rows=chunks chunk=512
+       vqray train --recipe streamline_dvqvae --shards shards --out runs/bundles
+       vqray evaluate --bundle runs/bundles --shards shards --out runs/bundles/test
+
+`--set bottleneck=ae|vae|vq|vq_ema|gumbel` are the source's five models: encoder and decoder are the same. AE and VAE
+have no codes, so there is nothing to encode with them.
+
+Where the source says nothing, or is not followed by default:
+- Its preprocessing is not published. Here rows are chunks of the corpus (`chunk` of the ingest); where they are larger
+  than the network's `chunk`, training draws `chunk` streamlines of each row anew at every step. A small bundle is
+  filled up with repeats, which are in no loss, no count and no metric.
+- One scale for all: 2 (x - low) / (high - low) - 1 with the smallest and the largest coordinate of *train* rows (the
+  source: of all). Both are kept with the weights and said in the card, so that decoding gives millimetres.
+- Evaluation adds no Gumbel noise (`noise_in_eval`: as in the source).
+- EMA smooths what it reads out, not the kept counts; VQ's loss is the codebook's and 0.25 of the commitment, as there.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from pipelines.errors import Failed, Refused
+from pipelines.recipe import Batch, Losses, Measured, Recipe, Settings, Share, Stage
+from vqcore import losses, noise, polylines
+from vqcore.networks.strided import FACTOR, StridedDecoder, StridedEncoder
+from vqcore.quantizers import GumbelQuantizer, VectorQuantizer
+from vqcore.reduction import resolve as reduction
+
+BUAN_THRESHOLD = 0.05
+"""In scaled coordinates, as in the source: not millimetres."""
+MEMBERS = 1 << 20
+"""Of a row, for keys."""
+VAE_WIDTH = 20
+VAE_FACTOR = 4
+
+
+class StreamlineSettings(Settings):
+    bottleneck: Literal["ae", "vae", "vq", "vq_ema", "gumbel"] = Field(
+        "gumbel", description="gumbel is the paper's; vq learns codes by gradient, vq_ema by moving averages"
+    )
+    num_codes: int = Field(512, ge=2, description="K")
+    code_dim: int = Field(64, ge=1, description="D")
+    temperature: float = Field(10.0, gt=0, description="tau, in units of squared distance")
+    init_std: float = Field(2.0, gt=0, description="of the first codes, with gumbel")
+    noise_in_eval: bool = Field(False, description="Gumbel noise in evaluation too, as in the source")
+    commitment_weight: float = Field(0.25, ge=0, description="with vq and vq_ema")
+    decay: float = Field(0.99, ge=0, lt=1, description="with vq_ema")
+    kl_weight: float = Field(1e-7, ge=0, description="with vae, of the sum over chunks and dimensions")
+
+    chunk: int = Field(64, ge=4, multiple_of=FACTOR, description="streamlines that the network sees together")
+    width: int = Field(128, ge=2, multiple_of=2)
+    residual_width: int = Field(32, ge=1)
+    residual_layers: int = Field(2, ge=0)
+
+    learning_rate: float = Field(1e-3, gt=0)
+    batch_size: int = Field(256, ge=1, description="chunks of one global step, over all workers")
+    steps: int = Field(30_000, ge=1)
+
+    row_chunk: int | None = Field(None, description="streamlines of a row; follows from the shards")
+    num_points: int | None = Field(None, description="of a streamline; follows from the shards")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    # Two cores: half the width, fewer chunks a step.
+    "small": {"width": 64, "batch_size": 32, "steps": 1500},
+}
+
+
+def resolve(settings: StreamlineSettings, columns: dict[str, Any]) -> StreamlineSettings:
+    """Fill in the rows' shape, and check that the network takes it."""
+    shape = columns["points"]
+    if len(shape) != 3:
+        raise Refused(
+            "these shards hold single streamlines, and a row has to be a chunk: ingest with --set rows=chunks."
+        )
+    row_chunk, num_points, _ = shape
+    if row_chunk % settings.chunk:
+        raise Refused(
+            f"chunk={settings.chunk} does not divide the {row_chunk} streamlines of a row; give a divisor that is a"
+            f" multiple of {FACTOR}, or ingest with --set chunk={settings.chunk * 8}."
+        )
+    factor = FACTOR * (VAE_FACTOR if settings.bottleneck == "vae" else 1)
+    for name, size in (("num_points", num_points), ("chunk", settings.chunk)):
+        if size % factor:
+            raise Refused(
+                f"{name}={size} is no multiple of {factor}, which bottleneck={settings.bottleneck} needs:"
+                f" {size // factor * factor or factor} and {(size // factor + 1) * factor} are the nearest."
+            )
+    return settings.model_copy(update={"row_chunk": row_chunk, "num_points": num_points})
+
+
+class GaussianBottleneck(nn.Module):
+    """The source's VAE bottleneck: two strides more, 20 numbers, and back, with a tanh at the end."""
+
+    def __init__(self, dim: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = (grid[0] // VAE_FACTOR, grid[1] // VAE_FACTOR)
+        flat = 256 * math.prod(self.grid)
+        self.down = nn.Sequential(
+            nn.Conv2d(dim, 128, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(128, 256, 3, stride=2, padding=1),
+            nn.ReLU(),
+        )
+        self.mean, self.log_variance = nn.Linear(flat, VAE_WIDTH), nn.Linear(flat, VAE_WIDTH)
+        self.back = nn.Linear(VAE_WIDTH, flat)
+        self.up = nn.Sequential(
+            nn.ConvTranspose2d(256, 128, 3, stride=2, padding=1, output_padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(128, dim, 3, stride=2, padding=1, output_padding=1),
+            nn.Tanh(),
+        )
+
+    def forward(
+        self, z: Float[Tensor, "B D h w"], draw: Float[Tensor, "B 20"] | None
+    ) -> tuple[Float[Tensor, "B D h w"], Float[Tensor, " B"]]:
+        """(latents, divergence from N(0, I)); without a draw the mean."""
+        hidden = self.down(z).flatten(1)
+        mean, log_variance = self.mean(hidden), self.log_variance(hidden)
+        divergence = -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum(1)
+        code = mean if draw is None else mean + draw.to(mean) * (0.5 * log_variance).exp()
+        return self.up(self.back(code).unflatten(1, (256, *self.grid))), divergence
+
+
+class BundleModel(nn.Module):
+    """Encoder, one of five bottlenecks, decoder. A chunk is a picture of streamlines x points in three channels."""
+
+    def __init__(self, s: StreamlineSettings):
+        super().__init__()
+        if s.row_chunk is None or s.num_points is None:
+            raise ValueError("the rows' shape is not known: resolve the settings against a manifest first")
+        self.settings = s
+        self.chunks = s.row_chunk // s.chunk
+        self.grid = (s.chunk // FACTOR, s.num_points // FACTOR)
+        self.encoder = StridedEncoder(3, s.width, s.residual_width, s.residual_layers, s.code_dim)
+        self.decoder = StridedDecoder(s.code_dim, s.width, s.residual_width, s.residual_layers, 3)
+        self.quantizer = _quantizer(s)
+        self.gaussian = GaussianBottleneck(s.code_dim, self.grid) if s.bottleneck == "vae" else None
+        self.extent: Tensor
+        self.register_buffer("extent", torch.tensor([-1.0, 1.0]))
+        """Smallest and largest coordinate of the train rows, mm."""
+
+    def scaled(self, points: Float[Tensor, "*N 3"]) -> Float[Tensor, "*N 3"]:
+        """mm to [-1, 1]."""
+        low, high = self.extent
+        return 2 * (points - low) / (high - low) - 1
+
+    def millimetres(self, points: Float[Tensor, "*N 3"]) -> Float[Tensor, "*N 3"]:
+        low, high = self.extent
+        return (points + 1) / 2 * (high - low) + low
+
+    def latents(self, points: Float[Tensor, "C chunk n 3"]) -> Float[Tensor, "C h w D"]:
+        return self.encoder(points.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def render(self, latents: Float[Tensor, "C h w D"]) -> Float[Tensor, "C chunk n 3"]:
+        out: Tensor = self.decoder(latents.permute(0, 3, 1, 2))
+        return out.permute(0, 2, 3, 1)
+
+    def places(self, real: Bool[Tensor, "C chunk"]) -> Bool[Tensor, "C h w"]:
+        """Positions of the grid with a real streamline below them."""
+        return real.unflatten(1, (-1, FACTOR)).any(2).unsqueeze(2).expand(-1, -1, self.grid[1])
+
+    def keys(self, chunks: Int64[Tensor, " C"]) -> Int64[Tensor, "C h w"]:
+        """A key of each position, from one of its chunk."""
+        positions = math.prod(self.grid)
+        place = torch.arange(positions, device=chunks.device).view(self.grid)
+        return chunks.view(-1, 1, 1) * positions + place
+
+    def all_chunks(self, batch: Batch) -> tuple[Float[Tensor, "C chunk n 3"], Bool[Tensor, "C chunk"]]:
+        """(scaled points, which streamlines are real) of every chunk of every row, in order."""
+        s = self.settings
+        points = batch.columns["points"].to(self.extent.dtype).unflatten(1, (-1, s.chunk)).flatten(0, 1)
+        real = batch.columns["real"] & batch.mask.unsqueeze(1)
+        return self.scaled(points), real.reshape(-1, s.chunk)
+
+    def drawn(self, batch: Batch, share: Share) -> tuple[Float[Tensor, "B chunk n 3"], Bool[Tensor, "B chunk"]]:
+        """(scaled points, which of them are real) of one chunk of each row: its real streamlines in an order of the
+        step's own, with repeats where there are too few."""
+        s, real = self.settings, batch.columns["real"] & batch.mask.unsqueeze(1)
+        if self.chunks == 1:
+            return self.all_chunks(batch)
+        names = batch.keys.unsqueeze(1) * MEMBERS + torch.arange(real.shape[1], device=real.device)
+        times = noise.race(share.seed, share.step, names.flatten()).view(names.shape)
+        order = times.masked_fill(~real, torch.inf).argsort(dim=1, stable=True)
+        place = torch.arange(s.chunk, device=real.device)
+        held = real.sum(1, keepdim=True)
+        chosen = order.gather(1, place % held.clamp(min=1))
+        index = chosen.view(*chosen.shape, 1, 1).expand(-1, -1, *batch.columns["points"].shape[2:])
+        points = batch.columns["points"].to(self.extent.dtype).gather(1, index)
+        return self.scaled(points), place < held
+
+
+def _quantizer(s: StreamlineSettings) -> VectorQuantizer | GumbelQuantizer | None:
+    if s.bottleneck == "gumbel":
+        return GumbelQuantizer(
+            s.num_codes,
+            s.code_dim,
+            temperature=s.temperature,
+            init_std=s.init_std,
+            noise_in_eval=s.noise_in_eval,
+        )
+    if s.bottleneck not in ("vq", "vq_ema"):
+        return None
+    decay = s.decay if s.bottleneck == "vq_ema" else None
+    made = VectorQuantizer(s.num_codes, s.code_dim, decay=decay, commitment_weight=s.commitment_weight)
+    if decay is None:
+        # The source's start: U(-1/K, 1/K).
+        draws = noise.shared_uniform(0, 0, s.num_codes * s.code_dim).view(s.num_codes, s.code_dim)
+        made.codebook.set_vectors(((2 * draws - 1) / s.num_codes).float())
+    return made
+
+
+def counts(model: BundleModel, batch: Batch) -> dict[str, int]:
+    """Chunks, their real streamlines, and positions of the grid that have one."""
+    real = (batch.columns["real"] & batch.mask.unsqueeze(1)).sum(1).clamp(max=model.settings.chunk)
+    vectors = (real + FACTOR - 1) // FACTOR * model.grid[1]
+    return {"rows": int(batch.mask.sum()), "streamlines": int(real.sum()), "vectors": int(vectors.sum())}
+
+
+def train_losses(model: BundleModel, batch: Batch, share: Share) -> Losses:
+    """Mean (x - decoded)^2 over real streamlines, and what the bottleneck adds: nothing with gumbel and ae."""
+    s = model.settings
+    points, real = model.drawn(batch, share)
+    z = model.latents(points)
+    logs: dict[str, Tensor] = {}
+    extra = z.new_zeros(())
+    if model.quantizer is not None:
+        quantized = model.quantizer(z, model.places(real), model.keys(batch.keys))
+        latents, extra = quantized.vectors, quantized.loss
+        logs["quantization_error"] = share.mean(quantized.squared_error / s.code_dim, "vectors")
+    elif model.gaussian is not None:
+        draw = noise.normal(share.seed, share.step, batch.keys, draws=VAE_WIDTH)
+        grid, divergence = model.gaussian(z.permute(0, 3, 1, 2), draw)
+        latents = grid.permute(0, 2, 3, 1)
+        # A sum over the global batch, as in the source: the mean of workers times how many there are.
+        extra = s.kl_weight * share.world * (divergence * batch.mask).sum()
+    else:
+        latents = z
+    error = losses.squared_error(model.render(latents).flatten(0, 1), points.flatten(0, 1), real.flatten())
+    reconstruction = share.mean(error / (3 * points.shape[2]), "streamlines")
+    return Losses({"model": reconstruction + extra}, {"reconstruction": reconstruction.detach(), **logs})
+
+
+def seed(model: BundleModel, batches: Iterable[Batch]) -> str:
+    """The scale, from all train rows. Codes begin as the source's do, at random.
+
+    Raises:
+        Failed: rows whose coordinates are all one number.
+    """
+    low, high = torch.tensor(torch.inf), torch.tensor(-torch.inf)
+    for batch in batches:
+        real = batch.columns["real"] & batch.mask.unsqueeze(1)
+        points = batch.columns["points"][real]
+        if points.numel():
+            low, high = torch.minimum(low, points.min()), torch.maximum(high, points.max())
+    reduce = reduction(None)
+    # A sum over workers of what each puts into its own place is everybody's list.
+    every = torch.zeros(2, reduce.world, dtype=torch.float64)
+    every[:, reduce.rank] = torch.stack([low, high]).double().nan_to_num(posinf=1e30, neginf=-1e30)
+    reduce(every)
+    low, high = every[0].min(), every[1].max()
+    if not low < high:
+        raise Failed(f"all coordinates of the train rows are {float(low):g} mm, so there is nothing to learn.")
+    model.extent.copy_(torch.stack([low, high]))
+    return f"coordinates of the train rows, {float(low):.1f} to {float(high):.1f} mm, are scaled to -1 to 1"
+
+
+def fitted(model: BundleModel) -> dict[str, float]:
+    low, high = model.extent.tolist()
+    return {"lowest_mm": low, "highest_mm": high}
+
+
+def optimiser(s: StreamlineSettings, group: str, parameters: list[nn.Parameter]) -> Optimizer:
+    return Adam(parameters, lr=s.learning_rate)
+
+
+def build(settings: StreamlineSettings, previous: nn.Module | None) -> BundleModel:
+    return BundleModel(settings)
+
+
+def stages(s: StreamlineSettings) -> tuple[Stage, ...]:
+    return (Stage("bundles", s.steps, build, train_losses, optimiser, counts=counts, seed=seed),)
+
+
+def codebooks(s: StreamlineSettings) -> list[tuple[int, int]]:
+    return [] if s.bottleneck in ("ae", "vae") else [(s.num_codes, s.code_dim)]
+
+
+def encode(model: BundleModel, batch: Batch) -> Int64[Tensor, "B chunks h w"]:
+    """The code of each position of each chunk's grid; -1 where a chunk has no real streamline."""
+    if model.quantizer is None:
+        raise Failed(f"bottleneck={model.settings.bottleneck} has no codes.")
+    points, real = model.all_chunks(batch)
+    # Repeats have codes too: the decoder sees them beside the last real streamlines.
+    held = real.any(1).view(-1, 1, 1).expand(-1, *model.grid)
+    return model.quantizer.assign(model.latents(points), held).unflatten(0, (-1, model.chunks))
+
+
+def decode(model: BundleModel, codes: Int64[Tensor, "B chunks h w"]) -> dict[str, Tensor]:
+    """Points in mm, [B, row_chunk, n, 3], and which streamlines there are: those of chunks that have codes."""
+    if model.quantizer is None:
+        raise Failed(f"bottleneck={model.settings.bottleneck} has no codes.")
+    points = model.millimetres(model.render(model.quantizer.look_up(codes.flatten(0, 1))))
+    real = (codes != -1).flatten(2).any(2).repeat_interleave(model.settings.chunk, 1)
+    return {"points": points.unflatten(0, (-1, model.chunks)).flatten(1, 2), "real": real}
+
+
+def measure(model: BundleModel, batch: Batch) -> Measured:
+    points, real = model.all_chunks(batch)
+    z, found = model.latents(points), {"streamlines": real.sum().double(), "chunks": real.any(1).sum().double()}
+    codes = torch.full((len(batch.mask), model.chunks, *model.grid), -1)
+    if model.quantizer is not None:
+        chunk_keys = (batch.keys.unsqueeze(1) * model.chunks + torch.arange(model.chunks)).flatten()
+        quantized = model.quantizer(z, model.places(real), model.keys(chunk_keys))
+        codes, latents = quantized.codes.unflatten(0, (-1, model.chunks)), quantized.vectors
+        stored = model.render(model.quantizer.look_up(encode(model, batch).flatten(0, 1)))
+        found |= {f"{name}_of_codes": value for name, value in _likeness(model, stored, points, real).items()}
+    elif model.gaussian is not None:
+        latents = model.gaussian(z.permute(0, 3, 1, 2), None)[0].permute(0, 2, 3, 1)
+    else:
+        latents = z
+    return Measured(codes, {**found, **_likeness(model, model.render(latents), points, real)})
+
+
+def _likeness(
+    model: BundleModel, made: Tensor, points: Float[Tensor, "C chunk n 3"], real: Bool[Tensor, "C chunk"]
+) -> dict[str, Tensor]:
+    """Sums over real streamlines (MSE a number, squared mm, MDF in mm) and over chunks with one (BUAN)."""
+    squared = (made - points).square().flatten(2).mean(2)[real].double()
+    to_mm = float(model.extent[1] - model.extent[0]) / 2
+    apart = polylines.mdf(made[real], points[real]).double() * to_mm
+    alike = [
+        polylines.bundle_adjacency(points[chunk][kept], made[chunk][kept], BUAN_THRESHOLD)
+        for chunk, kept in enumerate(real)
+        if bool(kept.any())
+    ]
+    return {
+        "error": squared.sum(),
+        "squared_mm": squared.sum() * to_mm**2,
+        "mdf": apart.sum(),
+        "buan": torch.tensor(alike, dtype=torch.float64).sum(),
+    }
+
+
+def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
+    """`mse` in scaled coordinates, `rmse_mm` a coordinate, `mdf_mm` between each streamline and what became of it, and
+    `buan` of chunks at 0.05 of scaled coordinates; the same `..._of_codes` where only codes are kept."""
+    lines, chunks = sums["streamlines"], sums["chunks"]
+    found = {}
+    for suffix in ("", "_of_codes"):
+        if f"error{suffix}" in sums:
+            found[f"mse{suffix}"] = float(sums[f"error{suffix}"] / lines)
+            found[f"rmse_mm{suffix}"] = math.sqrt(float(sums[f"squared_mm{suffix}"] / lines))
+            found[f"mdf_mm{suffix}"] = float(sums[f"mdf{suffix}"] / lines)
+            found[f"buan{suffix}"] = float(sums[f"buan{suffix}"] / chunks)
+    return found
+
+
+recipe = Recipe(
+    corpus=("streamlines",),
+    Settings=StreamlineSettings,
+    presets=PRESETS,
+    resolve=resolve,
+    stages=stages,
+    codebooks=codebooks,
+    encode=encode,
+    decode=decode,
+    measure=measure,
+    summarise=summarise,
+    fitted=fitted,
+    space={
+        "num_codes": "choice:64,128,256,512,1024",
+        "code_dim": "choice:16,32,64,128",
+        "temperature": "0.1..30:log",
+    },
+)
