@@ -184,6 +184,12 @@ class BundleModel(nn.Module):
         real = batch.columns["real"] & batch.mask.unsqueeze(1)
         return self.scaled(points), real.reshape(-1, s.chunk)
 
+    def spread(self, codes: Int64[Tensor, "H h w"], held: Bool[Tensor, " C"]) -> Int64[Tensor, "B chunks h w"]:
+        """Codes of the chunks that hold something as those of all; -1 elsewhere."""
+        every = torch.full((len(held), *self.grid), -1, device=held.device)
+        every[held] = codes.to(every)
+        return every.unflatten(0, (-1, self.chunks))
+
     def drawn(self, batch: Batch, share: Share) -> tuple[Float[Tensor, "B chunk n 3"], Bool[Tensor, "B chunk"]]:
         """(scaled points, which of them are real) of one chunk of each row: its real streamlines in an order of the
         step's own, with repeats where there are too few."""
@@ -299,32 +305,39 @@ def codebooks(s: StreamlineSettings) -> list[tuple[int, int]]:
 
 def encode(model: BundleModel, batch: Batch) -> Int64[Tensor, "B chunks h w"]:
     """The code of each position of each chunk's grid; -1 where a chunk has no real streamline."""
-    if model.quantizer is None:
-        raise Failed(f"bottleneck={model.settings.bottleneck} has no codes.")
     points, real = model.all_chunks(batch)
+    held = real.any(1)
     # Repeats have codes too: the decoder sees them beside the last real streamlines.
-    held = real.any(1).view(-1, 1, 1).expand(-1, *model.grid)
-    return model.quantizer.assign(model.latents(points), held).unflatten(0, (-1, model.chunks))
+    return model.spread(_coded(model).assign(model.latents(points[held])), held)
 
 
 def decode(model: BundleModel, codes: Int64[Tensor, "B chunks h w"]) -> dict[str, Tensor]:
     """Points in mm, [B, row_chunk, n, 3], and which streamlines there are: those of chunks that have codes."""
+    s, book = model.settings, _coded(model)
+    flat = codes.flatten(0, 1)
+    held = (flat != -1).flatten(1).any(1)
+    points = model.extent.new_zeros(len(flat), s.chunk, s.num_points or 0, 3)
+    points[held] = model.millimetres(model.render(book.look_up(flat[held])))
+    real = held.view(-1, model.chunks).repeat_interleave(s.chunk, 1)
+    return {"points": points.unflatten(0, (-1, model.chunks)).flatten(1, 2), "real": real}
+
+
+def _coded(model: BundleModel) -> VectorQuantizer | GumbelQuantizer:
     if model.quantizer is None:
         raise Failed(f"bottleneck={model.settings.bottleneck} has no codes.")
-    points = model.millimetres(model.render(model.quantizer.look_up(codes.flatten(0, 1))))
-    real = (codes != -1).flatten(2).any(2).repeat_interleave(model.settings.chunk, 1)
-    return {"points": points.unflatten(0, (-1, model.chunks)).flatten(1, 2), "real": real}
+    return model.quantizer
 
 
 def measure(model: BundleModel, batch: Batch) -> Measured:
     points, real = model.all_chunks(batch)
-    z, found = model.latents(points), {"streamlines": real.sum().double(), "chunks": real.any(1).sum().double()}
-    codes = torch.full((len(batch.mask), model.chunks, *model.grid), -1)
+    held = real.any(1)
+    points, real, codes = points[held], real[held], model.spread(torch.zeros(0, *model.grid), torch.zeros_like(held))
+    z, found = model.latents(points), {"streamlines": real.sum().double(), "chunks": held.sum().double()}
     if model.quantizer is not None:
-        chunk_keys = (batch.keys.unsqueeze(1) * model.chunks + torch.arange(model.chunks)).flatten()
-        quantized = model.quantizer(z, model.places(real), model.keys(chunk_keys))
-        codes, latents = quantized.codes.unflatten(0, (-1, model.chunks)), quantized.vectors
-        stored = model.render(model.quantizer.look_up(encode(model, batch).flatten(0, 1)))
+        keys = (batch.keys.unsqueeze(1) * model.chunks + torch.arange(model.chunks, device=held.device)).flatten()[held]
+        quantized = model.quantizer(z, model.places(real), model.keys(keys))
+        codes, latents = model.spread(quantized.codes, held), quantized.vectors
+        stored = model.render(model.quantizer.look_up(model.quantizer.assign(z)))
         found |= {f"{name}_of_codes": value for name, value in _likeness(model, stored, points, real).items()}
     elif model.gaussian is not None:
         latents = model.gaussian(z.permute(0, 3, 1, 2), None)[0].permute(0, 2, 3, 1)
@@ -343,7 +356,6 @@ def _likeness(
     alike = [
         polylines.bundle_adjacency(points[chunk][kept], made[chunk][kept], BUAN_THRESHOLD)
         for chunk, kept in enumerate(real)
-        if bool(kept.any())
     ]
     return {
         "error": squared.sum(),
