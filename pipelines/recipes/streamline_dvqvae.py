@@ -25,12 +25,14 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
+from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from pipelines.errors import Failed, Refused
 from pipelines.recipe import Batch, Losses, Measured, Recipe, Settings, Share, Stage
+from pipelines.recipes import _bundle_views as bundle_views
 from vqcore import losses, noise, polylines
 from vqcore.networks.strided import FACTOR, StridedDecoder, StridedEncoder
 from vqcore.quantizers import GumbelQuantizer, VectorQuantizer
@@ -176,6 +178,11 @@ class BundleModel(nn.Module):
         positions = math.prod(self.grid)
         place = torch.arange(positions, device=chunks.device).view(self.grid)
         return chunks.view(-1, 1, 1) * positions + place
+
+    def chunk_keys(self, batch: Batch) -> Int64[Tensor, " C"]:
+        """A key of every chunk of every row."""
+        number = torch.arange(self.chunks, device=batch.keys.device)
+        return (batch.keys.unsqueeze(1) * self.chunks + number).flatten()
 
     def all_chunks(self, batch: Batch) -> tuple[Float[Tensor, "C chunk n 3"], Bool[Tensor, "C chunk"]]:
         """(scaled points, which streamlines are real) of every chunk of every row, in order."""
@@ -328,22 +335,34 @@ def _coded(model: BundleModel) -> VectorQuantizer | GumbelQuantizer:
     return model.quantizer
 
 
+def rebuilt(
+    model: BundleModel, points: Float[Tensor, "C chunk n 3"], real: Bool[Tensor, "C chunk"], keys: Int64[Tensor, " C"]
+) -> Float[Tensor, "C chunk n 3"]:
+    """Scaled chunks through the bottleneck and back, as evaluation does."""
+    return model.render(_through(model, model.latents(points), real, keys))
+
+
+def _through(model: BundleModel, z: Float[Tensor, "C h w D"], real: Tensor, keys: Tensor) -> Float[Tensor, "C h w D"]:
+    """What the decoder is given: the mixture or code vector, the mean of the VAE's 20 numbers carried back, or z."""
+    if model.quantizer is not None:
+        found: Tensor = model.quantizer(z, model.places(real), model.keys(keys)).vectors
+        return found
+    if model.gaussian is not None:
+        return model.gaussian(z.permute(0, 3, 1, 2), None)[0].permute(0, 2, 3, 1)
+    return z
+
+
 def measure(model: BundleModel, batch: Batch) -> Measured:
     points, real = model.all_chunks(batch)
     held = real.any(1)
     points, real, codes = points[held], real[held], model.spread(torch.zeros(0, *model.grid), torch.zeros_like(held))
     z, found = model.latents(points), {"streamlines": real.sum().double(), "chunks": held.sum().double()}
     if model.quantizer is not None:
-        keys = (batch.keys.unsqueeze(1) * model.chunks + torch.arange(model.chunks, device=held.device)).flatten()[held]
-        quantized = model.quantizer(z, model.places(real), model.keys(keys))
-        codes, latents = model.spread(quantized.codes, held), quantized.vectors
+        codes = model.spread(model.quantizer.assign(z, model.places(real)), held)
         stored = model.render(model.quantizer.look_up(model.quantizer.assign(z)))
         found |= {f"{name}_of_codes": value for name, value in _likeness(model, stored, points, real).items()}
-    elif model.gaussian is not None:
-        latents = model.gaussian(z.permute(0, 3, 1, 2), None)[0].permute(0, 2, 3, 1)
-    else:
-        latents = z
-    return Measured(codes, {**found, **_likeness(model, model.render(latents), points, real)})
+    made = model.render(_through(model, z, real, model.chunk_keys(batch)[held]))
+    return Measured(codes, {**found, **_likeness(model, made, points, real)})
 
 
 def _likeness(
@@ -379,6 +398,19 @@ def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
     return found
 
 
+def pictures(model: BundleModel, batch: Batch) -> dict[str, Figure]:
+    """The largest chunks of these rows, from three sides."""
+    points, real = model.all_chunks(batch)
+    largest = real.sum(1).argsort(descending=True, stable=True)[: bundle_views.MOST_BUNDLES]
+    made = model.millimetres(rebuilt(model, points[largest], real[largest], model.chunk_keys(batch)[largest]))
+    drawn = []
+    for place, chunk in enumerate(largest.tolist()):
+        kept = real[chunk]
+        name = f"bundle {int(batch.columns['label'][chunk // model.chunks])}"
+        drawn.append(bundle_views.Drawn(name, model.millimetres(points[chunk][kept]), made[place][kept]))
+    return {"bundles": bundle_views.views(drawn)}
+
+
 recipe = Recipe(
     corpus=("streamlines",),
     Settings=StreamlineSettings,
@@ -391,6 +423,7 @@ recipe = Recipe(
     measure=measure,
     summarise=summarise,
     fitted=fitted,
+    pictures=pictures,
     space={
         "num_codes": "choice:64,128,256,512,1024",
         "code_dim": "choice:16,32,64,128",
