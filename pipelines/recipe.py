@@ -169,6 +169,8 @@ class Report:
     """Names below `out` that it may make, those for people first."""
     refuse: Callable[[ReportJob], None] | None = None
     """Raises Refused, before work begins, for what cannot end well."""
+    given: Callable[[ReportJob], dict[str, str]] | None = None
+    """Name -> digest of what settings point to and the report is of: with other content it is another report."""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ def report(bundle: str, shards: str, out: str, split: str = "test", overrides: d
     # Where something lies may change between runs; whether anything was given decides what is in the report.
     located = {name for name, info in told.Settings.model_fields.items() if info.exclude}
     given = bool(located & (overrides or {}).keys())
-    request = {"report": {**about, "settings": settings.model_dump(mode="json"), "located": given}}
+    contents = {} if told.given is None else told.given(job)
+    request = {"report": {**about, "settings": settings.model_dump(mode="json"), "located": given, "given": contents}}
     claim(out, REQUEST, request, "a report")
     home = storage.join(out, RECORD)
     if storage.exists(home):

@@ -13,6 +13,8 @@ from torch import Tensor
 LDDT_RADIUS = 15.0
 """Pairs this near in the reference count (Mariani et al. 2013)."""
 LDDT_BINS = (0.5, 1.0, 2.0, 4.0)
+LDDT_ROWS = 256
+"""Atoms whose distances to all others are held together."""
 _LONGEST_BOND = 2.5
 """A C and the next N farther apart than this are not bonded: the chain has a gap."""
 
@@ -62,18 +64,21 @@ def lddt(
     """Local distance difference test in [0, 1], over all pairs of atoms within 15 Angstrom in the reference.
 
     A pair scores the share of the tolerances 0.5, 1, 2 and 4 Angstrom that its distance keeps; the score is the mean
-    over pairs, 1 where there are none. Of CA atoms alone it is the CA-lDDT. Memory: a few N x N matrices a structure.
+    over pairs, 1 where there are none. Of CA atoms alone it is the CA-lDDT. Memory is linear in N.
     """
     x, y, weight = _checked(model, reference, mask)
-    pairs = (weight.squeeze(-1).unsqueeze(2) * weight.squeeze(-1).unsqueeze(1)).bool()
-    pairs &= ~torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-    # Not by the product of matrices: it is not exact to what the tolerances ask.
-    true = torch.cdist(y, y, compute_mode="donot_use_mm_for_euclid_dist")
-    off = (torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") - true).abs()
-    pairs &= true <= LDDT_RADIUS
-    kept = torch.stack([off <= bound for bound in LDDT_BINS]).double().mean(0)
-    count = pairs.sum((1, 2))
-    return torch.where(count > 0, (kept * pairs).sum((1, 2)) / count.clamp(min=1), 1.0)
+    there = weight.squeeze(-1).bool()
+    places = torch.arange(x.shape[1], device=x.device)
+    kept, count = x.new_zeros(len(x)), x.new_zeros(len(x))
+    for rows in places.split(LDDT_ROWS):
+        # Not by the product of matrices: it is not exact to what the tolerances ask.
+        true = torch.cdist(y[:, rows], y, compute_mode="donot_use_mm_for_euclid_dist")
+        off = (torch.cdist(x[:, rows], x, compute_mode="donot_use_mm_for_euclid_dist") - true).abs()
+        pairs = (true <= LDDT_RADIUS) & there[:, rows, None] & there[:, None] & (rows[:, None] != places)
+        for bound in LDDT_BINS:
+            kept += ((off <= bound) & pairs).sum((1, 2))
+        count += pairs.sum((1, 2))
+    return torch.where(count > 0, kept / (len(LDDT_BINS) * count.clamp(min=1)), 1.0)
 
 
 def dihedrals(

@@ -9,6 +9,9 @@ import numpy.typing as npt
 from pipelines.corpora._protein_atoms import BACKBONE, Atoms
 from pipelines.corpora._protein_residues import UNHEARD, UNKNOWN, residue_type
 
+PLACEHOLDER = 9999.0
+"""Angstrom from the origin along an axis; what programs write for atoms they could not place lies there."""
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -30,6 +33,8 @@ class Chain:
     """[L]: of the CA atoms, 0 where there is none."""
     repeats: int
     """Atoms that were given twice; the first counts."""
+    nowhere: int
+    """Backbone atoms in the file that are missing all the same: no number, 9999, or a residue all at (0, 0, 0)."""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -40,7 +45,7 @@ class Chain:
 
     @property
     def whole(self) -> npt.NDArray[np.bool_]:
-        """[L]: N, CA and C are there, so the residue has a frame."""
+        """[L]: N, CA and C are there."""
         return np.asarray(self.atoms[:, :3].all(1))
 
 
@@ -83,18 +88,22 @@ def _built(
 ) -> Chain:
     """One atom a slot, residues numbered from 0 in rising order."""
     length = int(residue[-1]) + 1
-    there = np.isfinite(atoms.xyz).all(1)
+    # Not below, so that NaN is none either.
+    there = (np.abs(atoms.xyz) < PLACEHOLDER).all(1)
     backbone = np.zeros((length, len(BACKBONE), 3), np.float32)
     present = np.zeros((length, len(BACKBONE)), np.uint8)
     b_factors = np.zeros(length, np.float32)
     backbone[residue[there], atoms.atom[there]] = atoms.xyz[there]
     present[residue[there], atoms.atom[there]] = 1
+    at_nought = present[:, :3].all(1) & (backbone[:, :3] == 0).all((1, 2))
+    present[at_nought], backbone[at_nought] = 0, 0
+    nowhere = len(np.unique(residue * len(BACKBONE) + atoms.atom)) - int(present.sum())
     alpha = there & (atoms.atom == BACKBONE.index("CA"))
     b_factors[residue[alpha]] = atoms.b_factor[alpha]
     _, first = np.unique(residue, return_index=True)
     kinds = kind[first]
     types = np.where(kinds == UNHEARD, UNKNOWN, kinds).astype(np.int8)
-    chain = Chain(name, copy, backbone, present, types, atoms.number[first], code[first], b_factors, repeats)
+    chain = Chain(name, copy, backbone, present, types, atoms.number[first], code[first], b_factors, repeats, nowhere)
     # Lipids and sugars of a simulation have names that no dictionary knows either, but not N, CA and C.
     return chain[present.any(1) & ((kinds != UNHEARD) | chain.whole)]
 

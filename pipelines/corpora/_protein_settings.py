@@ -18,7 +18,8 @@ TAKEN = frozenset(
 class ProteinSettings(CorpusSettings):
     models: Literal["first", "all"] = Field("first", description="of an NMR ensemble: its first model, or each a row")
     missing: Literal["drop", "keep"] = Field(
-        "drop", description="residues without N, CA or C: dropped, or kept with zeros and atom_mask False"
+        "drop",
+        description="residues without N, CA or C (9999 is no place): dropped, or kept with zeros and atom_mask False",
     )
     min_length: int = Field(20, ge=1, description="chains of fewer residues are filtered")
     max_length: int | None = Field(None, ge=1, description="chains of more residues are filtered")

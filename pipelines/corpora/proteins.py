@@ -29,7 +29,7 @@ from pipelines.corpora._protein_labels import (
 )
 from pipelines.corpora._protein_residues import RESIDUES, UNKNOWN
 from pipelines.corpora._protein_settings import NUMBERS, ProteinSettings
-from pipelines.corpora._sources import is_hidden, prefixes, why_ignored
+from pipelines.corpora._sources import is_hidden, official_folders, prefixes, top_folder, why_ignored
 from pipelines.corpora._tars import is_tar, list_members, read_members, slices_of
 from pipelines.errors import Failed, Refused
 
@@ -60,7 +60,9 @@ def survey(sources: list[str], settings: ProteinSettings) -> Survey:
         )
     slices, strays = checked(slices, settings)
     ignored.update(strays)
-    return Survey(slices, {"residues": list(RESIDUES)}, {reason: count for reason, count in ignored.items() if count})
+    official = official_folders(name for piece in slices for name in names_in(piece))
+    context = {"residues": list(RESIDUES), "official": official}
+    return Survey(slices, context, {reason: count for reason, count in ignored.items() if count})
 
 
 def _survey_one(source: str, prefix: str, settings: ProteinSettings) -> tuple[list[Slice], Counter[str]]:
@@ -100,7 +102,7 @@ def read(
             continue
         digest = hashlib.sha256(data)
         try:
-            found = _rows(name, data, piece, settings)
+            found = _rows(name, data, piece, settings, context["official"])
         except (UnreadableStructure, UnreadableLabels) as trouble:
             yield unit, Bad(name, str(trouble)), digest.digest()
             continue
@@ -129,7 +131,9 @@ def _file(piece: Slice) -> bytes | Bad:
         return Bad(piece.name, f"could not be read: {reason or type(trouble).__name__}")
 
 
-def _rows(name: str, data: bytes, piece: Slice, settings: ProteinSettings) -> list[Row] | Filtered:
+def _rows(
+    name: str, data: bytes, piece: Slice, settings: ProteinSettings, official: Mapping[str, str]
+) -> list[Row] | Filtered:
     """The rows of a file, or one Filtered where it has none: no protein, or no chain that the settings let through.
 
     A file without protein is sound (nucleic acids, a ligand): it is no damage and does not count as such.
@@ -144,7 +148,7 @@ def _rows(name: str, data: bytes, piece: Slice, settings: ProteinSettings) -> li
             if setting := _why_left(chain, settings):
                 left[setting] += 1
             else:
-                rows.append(_row(piece, name, model, place, chain, settings))
+                rows.append(_row(piece, name, model, place, chain, settings, official))
     if not rows:
         return Filtered(left.most_common(1)[0][0] if left else "no protein")
     rows[0].values["unmatched"] += of_missing_chains(piece, name, names, settings)
@@ -163,10 +167,19 @@ def _why_left(chain: Chain, settings: ProteinSettings) -> str | None:
     return "max_length" if settings.max_length is not None and length > settings.max_length else None
 
 
-def _row(piece: Slice, name: str, model: int, place: int, chain: Chain, settings: ProteinSettings) -> Row:
+def _row(
+    piece: Slice,
+    name: str,
+    model: int,
+    place: int,
+    chain: Chain,
+    settings: ProteinSettings,
+    official: Mapping[str, str],
+) -> Row:
     labels, unmatched = labels_of(piece, name, place, chain, settings)
     keep = chain.whole if settings.missing == "drop" else np.ones(len(chain), bool)
     notes = [f"{np.count_nonzero(~keep)} residues without N, CA or C dropped"] if not keep.all() else []
+    notes += [f"{chain.nowhere} atoms without a place (9999, no number)"] if chain.nowhere else []
     notes += [f"{chain.repeats} atoms given twice"] if chain.repeats else []
     kept = chain[keep]
     values: dict[str, Any] = {
@@ -183,7 +196,7 @@ def _row(piece: Slice, name: str, model: int, place: int, chain: Chain, settings
         "notes": "; ".join(notes),
     }
     group = folder_of(name).rstrip("/") if settings.group == "folder" else stem_of(name)
-    return Row(values, group=group or name)
+    return Row(values, group=group or name, split=official.get(top_folder(name)))
 
 
 def schema(settings: ProteinSettings) -> pa.Schema:

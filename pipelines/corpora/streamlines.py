@@ -23,19 +23,16 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from pipelines import storage
-from pipelines.corpora import NOT_TEST, Bad, Corpus, CorpusSettings, Filtered, Joined, Row, Slice, Survey
+from pipelines.corpora import Bad, Corpus, CorpusSettings, Filtered, Joined, Row, Slice, Survey
 from pipelines.corpora import _streamline_files as files
 from pipelines.corpora import _streamline_shapes as curves
 from pipelines.corpora import _streamline_tck as tck
 from pipelines.corpora import _streamline_trk as trk
 from pipelines.corpora import _streamline_trx as trx
+from pipelines.corpora._sources import official_folders, prefixes, top_folder
 from pipelines.errors import Failed, Refused
 
 FORMATS: dict[str, Any] = {".trk": trk, ".tck": tck, ".trx": trx}
-SPLIT_FOLDERS = {
-    **{"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"},
-    **{"trainset": "train", "validset": "valid", "testset": "test"},
-}
 WHOLE = "w"
 SIDES = {"train": "t", "valid": "v", "test": "e"}
 SPLIT_OF_SIDE = {letter: split for split, letter in SIDES.items()}
@@ -88,7 +85,7 @@ def survey(sources: list[str], settings: StreamlineSettings) -> Survey:
     _require_nibabel()
     found: list[files.Source] = []
     ignored: Counter[str] = Counter()
-    for source, prefix in zip(sources, _prefixes(sources), strict=True):
+    for source, prefix in zip(sources, prefixes(sources), strict=True):
         here, left = files.sources_in(storage.list_files(source), prefix)
         if not here:
             held = ", ".join(f"{count:,} x {reason}" for reason, count in left.most_common(3)) or "nothing"
@@ -123,12 +120,12 @@ def _surveyed(
     bundles = sorted({bundle for _, bundle in told.values()})
     numbers = {bundle: number for number, bundle in enumerate(bundles)}
     groups = {pair: number for number, pair in enumerate(sorted(set(told.values())))}
-    splits = _official_splits([source.name for source in found])
+    splits = official_folders(source.name for source in found)
     slices: list[Slice] = []
     for source, runs in zip(found, cuts, strict=True):
         subject, bundle = told[source.name]
         about = {"subject": subject, "bundle": bundle, "label": numbers[bundle], "group": groups[subject, bundle]}
-        about |= {"format": _suffix(source.name), "member": source.member, "split": splits.get(source.name)}
+        about |= {"format": _suffix(source.name), "member": source.member, "split": splits.get(top_folder(source.name))}
         start = 0
         for run in runs:
             meta = {**about, **run.meta}
@@ -203,19 +200,6 @@ def _told_by(name: str, pattern: str | None) -> tuple[str, str] | None:
         return None
     groups = found.groupdict()
     return groups.get("subject") or parent, groups.get("bundle") or stem
-
-
-def _official_splits(names: list[str]) -> dict[str, str]:
-    """Name -> split where train/, valid/ and test/ (or trainset/ ...) are all there is on top."""
-    tops = {name: PurePosixPath(name).parts[0].lower() for name in names}
-    if not set(tops.values()) <= SPLIT_FOLDERS.keys():
-        return {}
-    splits = {name: SPLIT_FOLDERS[top] for name, top in tops.items()}
-    have = set(splits.values())
-    if have == {"train"}:
-        return {}
-    spare = "train" if "valid" in have else NOT_TEST
-    return {name: spare if split == "train" else split for name, split in splits.items()}
 
 
 def read(
@@ -407,14 +391,6 @@ def _require_nibabel() -> None:
 
 def _suffix(name: str) -> str:
     return PurePosixPath(name).suffix.lower()
-
-
-def _prefixes(sources: list[str]) -> list[str]:
-    """Of several sources, each name begins with its source's last word, numbered where two are the same."""
-    if len(sources) == 1:
-        return [""]
-    words = [PurePosixPath(source).name for source in sources]
-    return [f"{word}/" if words.count(word) == 1 else f"{n}-{word}/" for n, word in enumerate(words)]
 
 
 corpus = Corpus(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipelines.recipes import _structure_probe as probes
@@ -80,18 +81,21 @@ def _answers(task: Task, asked: Asked, plan: Plan, kmeans: bool, seed: int) -> d
         tests[name] = valid, test
     goal = Goal(task.kind, targets, max(1, len(names)), task.level == "chain")
     tests, lost = _askable(goal, tests)
-    methods = {"codes": _of_codes(asked), **_others(asked, division.train, kmeans, seed)}
+    methods = {"codes": _of_codes(asked, asked.chains.codes >= 0), **_others(asked, division.train, kmeans, seed)}
     found: dict[str, dict[str, Any]] = {
         name: {"train": len(train), "valid": len(valid), "test": len(test), "scores": {}}
         for name, (valid, test) in tests.items()
     }
+    diverged: list[str] = []
     for method, residues in methods.items():
         for name, answer in probes.probed(residues, goal, train, tests, plan).items():
             found[name]["scores"][method] = asdict(answer)
+            if answer.valid is None:
+                diverged.append(f"the probe of {method} diverged at every learning rate; give smaller rates=.")
     for name, (_, test) in tests.items():
         found[name]["scores"]["control"] = {"score": probes.control(goal, train, test)}
     notes = [f"classes left out for want of train examples: {', '.join(dropped)}"] if dropped else []
-    notes += lost
+    notes += [*lost, *dict.fromkeys(diverged)]
     if "dihedrals" in methods:
         notes += _fewer(asked, division.train)
     return {"tests": found, "classes": list(names), "notes": notes}
@@ -141,14 +145,14 @@ def _askable(goal: Goal, tests: Mapping[str, tuple[Ints, Ints]]) -> tuple[dict[s
     return {name: pair for name, pair in tests.items() if name not in lost}, list(lost.values())
 
 
-def _of_codes(asked: Asked) -> Residues:
+def _of_codes(asked: Asked, coded: npt.NDArray[np.bool_]) -> Residues:
     vectors, codes = asked.tokens.vectors, asked.chains.codes
 
     def look_up(places: Ints) -> torch.Tensor:
         own = torch.from_numpy(codes[places])
         return vectors[own.clamp(min=0)].masked_fill((own < 0).unsqueeze(1), 0.0)
 
-    return Residues(asked.chains.offsets, look_up, vectors.shape[1])
+    return Residues(asked.chains.offsets, look_up, vectors.shape[1], coded)
 
 
 def _others(asked: Asked, train: Sequence[int], kmeans: bool, seed: int) -> dict[str, Residues]:
@@ -156,7 +160,10 @@ def _others(asked: Asked, train: Sequence[int], kmeans: bool, seed: int) -> dict
     if asked.latents is not None:
         held = asked.latents
         found["latents"] = Residues(
-            asked.chains.offsets, lambda places: torch.from_numpy(np.asarray(held[places])), held.shape[1]
+            asked.chains.offsets,
+            lambda places: torch.from_numpy(np.asarray(held[places])),
+            held.shape[1],
+            asked.chains.codes >= 0,
         )
     if kmeans:
         key = np.asarray(train, np.int64).tobytes()
@@ -179,7 +186,7 @@ def _clustered(asked: Asked, train: Sequence[int], seed: int) -> Residues:
     centres = seeding.kmeans_plus_plus(rows, count, metric="euclidean", seed=seed, iterations=30)
     codes = assign.nearest(torch.from_numpy(asked.chains.angles), centres).numpy()
     of_codes = replace(asked, tokens=replace(asked.tokens, vectors=centres), chains=replace(asked.chains, codes=codes))
-    return _of_codes(of_codes)
+    return _of_codes(of_codes, asked.chains.codes >= 0)
 
 
 def _fewer(asked: Asked, train: Sequence[int]) -> list[str]:

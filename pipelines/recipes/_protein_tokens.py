@@ -151,7 +151,10 @@ def _matched(tokens: ProteinTokens, table: Mapping[Key, npt.NDArray[np.int64]], 
 def _checked(uri: str, size: int) -> Iterator[tuple[Key, npt.NDArray[np.int64]]]:
     seen: set[Key] = set()
     for row in _rows(uri):
-        key = (str(row["name"]), str(row["chain"]), int(row.get("copy") or 0), int(row.get("model") or 1))
+        copy, model = row.get("copy") or 0, row.get("model") or 1
+        if not isinstance(copy, int) or not isinstance(model, int):
+            raise Refused(f"{uri}: copy={copy!r} and model={model!r} of {row['name']} must be whole numbers.")
+        key = (str(row["name"]), str(row["chain"]), copy, model)
         codes = np.asarray(row["codes"])
         if codes.ndim != 1 or (codes.size and codes.dtype.kind not in "iu"):
             raise Refused(f"the codes of {_shown(key)} in {uri} are no list of integers; give one integer a residue.")
@@ -182,7 +185,7 @@ def _rows(uri: str) -> Iterator[Mapping[str, Any]]:
             table = pq.read_table(io.BytesIO(data))
         else:
             table = pa.ipc.open_file(io.BytesIO(data)).read_all()
-    except (pa.ArrowException, ValueError, AttributeError) as trouble:
+    except (pa.ArrowException, ValueError, TypeError, AttributeError) as trouble:
         raise Refused(f"tokens={uri} cannot be read as {kind}: {trouble}") from None
     if absent := {"name", "chain", "codes"} - set(table.column_names):
         raise Refused(

@@ -1,7 +1,7 @@
 """How near decoded backbones are to the true ones, beside what one gets without codes and without knowing the chain.
 
-Backbone RMSD is over N, CA and C of all residues that have them, after superposition; CA-lDDT over CA. Both are of a
-chain, and their means and medians are over chains.
+Backbone RMSD is over N, CA and C of all residues that have a code and a frame, after superposition; CA-lDDT over CA.
+Both are of a chain, and their means and medians are over chains.
 
 Two controls. `unquantized`: the same decoder on the latents, that is, what the codebook alone loses. `mean structure`:
 train backbones in the frame of their first whole residue (CA at 0, C along x, N in the plane of x and y), averaged by
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from pipelines.recipe import Batch
 from pipelines.recipes._protein_tokens import ProteinTokens
-from pipelines.recipes._structure_chains import walk
+from pipelines.recipes._structure_chains import walk, whole_residues
 from pipelines.shards import ShardReader
+from vqcore.frames import frames_of
 from vqcore.superposition import lddt, rmsd
 
 CHAINS_AT_ONCE = 8
@@ -70,12 +71,6 @@ def compared(
     return {"rmsd": apart.masked_fill(~sound, torch.nan), "lddt": local.masked_fill(~sound, torch.nan)}
 
 
-def whole_residues(batch: Batch) -> Bool[Tensor, "B L"]:
-    """Those with N, CA and C."""
-    real: Tensor = batch.columns["residue_mask"] & batch.columns["atom_mask"][..., :3].all(-1)
-    return real
-
-
 def mean_backbone(reader: ShardReader) -> Float64[Tensor, "L 3 3"] | None:
     """The mean structure of the train chains; None without any."""
     sums, counts = torch.zeros(0, 3, 3, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
@@ -96,12 +91,8 @@ def mean_backbone(reader: ShardReader) -> Float64[Tensor, "L 3 3"] | None:
 def in_first_frame(backbone: Float64[Tensor, "B L 3 3"], mask: Bool[Tensor, "B L"]) -> Float64[Tensor, "B L 3 3"]:
     """Turned and moved so that the mask's first residue has its CA at 0, C on the x axis and N in the x-y plane."""
     first = mask.long().argmax(1)
-    nitrogen, alpha, carbon = backbone[torch.arange(len(first)), first].unbind(1)
-    x = torch.nn.functional.normalize(carbon - alpha, dim=-1)
-    aside = nitrogen - alpha
-    y = torch.nn.functional.normalize(aside - (aside * x).sum(-1, keepdim=True) * x, dim=-1)
-    axes = torch.stack([x, y, torch.linalg.cross(x, y)], 1)
-    return (backbone - alpha[:, None, None]) @ axes.transpose(1, 2).unsqueeze(1)
+    rotation, origin, _ = frames_of(backbone[torch.arange(len(first)), first])
+    return (backbone - origin[:, None, None]) @ rotation.unsqueeze(1)
 
 
 def laid_out(mean: Float64[Tensor, "M 3 3"], backbone: Float[Tensor, "B L A 3"]) -> Float64[Tensor, "B L 3 3"]:

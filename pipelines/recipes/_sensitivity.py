@@ -43,7 +43,8 @@ def pairs_by_suffix(keys: Sequence[Key], suffixes: tuple[str, str]) -> list[Pair
     found: dict[tuple[str, str, int, int], dict[str, int]] = defaultdict(dict)
     for index, (name, chain, copy, model) in enumerate(keys):
         stem = stem_of(name)
-        for suffix in suffixes:
+        # The longer one first: _l_u ends with _u too.
+        for suffix in sorted(suffixes, key=len, reverse=True):
             if stem.endswith(suffix):
                 found[stem.removesuffix(suffix), chain, copy, model].setdefault(suffix, index)
                 break
@@ -90,7 +91,8 @@ def pairs_of_table(uri: str, keys: Sequence[Key]) -> tuple[list[Pair], int]:
                 known.setdefault((form, chain), index)
     found = []
     for row in rows:
-        one, other = (known.get((row[name].strip(), row[f"chain_{name}"].strip())) for name in "ab")
+        # A short line has None at its end.
+        one, other = (known.get(((row[name] or "").strip(), (row[f"chain_{name}"] or "").strip())) for name in "ab")
         if one is not None and other is not None:
             found.append(Pair(one, other, f"{row['a']} {row['chain_a']}, {row['b']} {row['chain_b']}"))
     return found, len(rows) - len(found)
@@ -141,7 +143,7 @@ def similarities(
     Args:
         vectors: name -> chain -> [L, D], its residues with a code only.
         alphas: chain -> [L, 3] of the same residues.
-        seconds: for one run of TM-align at most; pairs that take longer are left out and counted.
+        seconds: for one run of TM-align at most; pairs that take longer, or end it, are left out and counted.
     """
     rows: list[dict[str, Any]] = []
     left: list[str] = []

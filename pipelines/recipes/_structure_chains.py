@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from pipelines.encode import seen_batches
 from pipelines.recipe import Batch
 from pipelines.recipes._protein_tokens import KEY_COLUMNS, Key, ProteinTokens
 from pipelines.shards import ShardReader
+from vqcore.frames import frames_of
 from vqcore.superposition import dihedrals
 
 Floats = npt.NDArray[np.float32]
@@ -32,7 +35,7 @@ class Chains:
     angles: Floats
     """[N, 6]: sine and cosine of phi, psi and omega; both 0 where an angle does not exist."""
     alphas: Floats
-    """[N, 3]: CA in Angstrom, NaN where it is missing."""
+    """[N, 3]: CA in Angstrom, NaN where the residue has no frame."""
     labels: dict[str, Floats]
     """[N], NaN where a residue has none."""
 
@@ -53,8 +56,7 @@ def gather(reader: ShardReader, split: str, tokens: ProteinTokens, labels: Seque
     lengths: list[int] = []
     flat: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in ("codes", "angles", "alphas", *labels)}
     for batch, stored in walk(reader, split):
-        real = batch.columns["residue_mask"]
-        mask = batch.columns["atom_mask"][..., :3].all(-1) & real
+        real, mask = batch.columns["residue_mask"], whole_residues(batch)
         turns, there = dihedrals(batch.columns["backbone"], mask)
         turns = torch.stack([turns.sin(), turns.cos()], -1).masked_fill(~there.unsqueeze(-1), 0.0).flatten(2)
         codes = tokens.codes(batch)
@@ -63,7 +65,7 @@ def gather(reader: ShardReader, split: str, tokens: ProteinTokens, labels: Seque
         flat["codes"].append(codes[real].numpy())
         flat["angles"].append(turns[real].float().numpy())
         alphas = batch.columns["backbone"][..., 1, :]
-        alphas = alphas.masked_fill(~batch.columns["atom_mask"][..., 1:2], torch.nan)
+        alphas = alphas.masked_fill(~mask.unsqueeze(-1), torch.nan)
         flat["alphas"].append(alphas[real].float().numpy())
         for name in labels:
             flat[name] += [np.asarray(row, np.float32) for row in stored[name]]
@@ -74,6 +76,12 @@ def gather(reader: ShardReader, split: str, tokens: ProteinTokens, labels: Seque
     found = {name: floats[name] for name in labels}
     named = [(str(name), str(chain), int(copy), int(model)) for name, chain, copy, model in keys]
     return Chains(named, offsets, whole["codes"].astype(np.int64), floats["angles"], floats["alphas"], found)
+
+
+def whole_residues(batch: Batch) -> Bool[Tensor, "B L"]:
+    """Those whose N, CA and C are there and make a frame. Placeholders (9999, 0) do not."""
+    real: Tensor = batch.columns["residue_mask"] & batch.columns["atom_mask"][..., :3].all(-1)
+    return real & frames_of(batch.columns["backbone"])[2]
 
 
 def joined(parts: Sequence[Chains]) -> Chains:

@@ -27,6 +27,8 @@ def page_of(report: Found, others: Sequence[Found]) -> str:
     about = f"{report['what']}; bundle {report['bundle'][:12]}, shards {report['shards'][:12]}."
     if report["rows_without_tokens"]:
         about += f" {report['rows_without_tokens']:,} rows of the shards have no tokens and are in no number."
+    if report["use"]["residues_without_code"]:
+        about += f" {report['use']['residues_without_code']:,} residues have no code: their atoms make no frame."
     sections = [_beside(report, others), _efficiency(report), _distinctiveness(report), _sensitivity(report)]
     return charts.page("Structure tokens", about, facts, [*sections, _effectiveness(report), _reconstruction(report)])
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -44,6 +45,14 @@ class Residues:
     look_up: Callable[[Ints], Float[Tensor, "n D"]]
     """Places of residues -> their vectors."""
     width: int
+    coded: npt.NDArray[np.bool_]
+    """[N]: residues that have a token. Of a chain these alone are averaged."""
+
+    def span(self, chain: int) -> Ints:
+        """Places of a chain's residues that have a token."""
+        places = np.arange(*self.offsets[[chain, chain + 1]])
+        found: Ints = places[self.coded[places]]
+        return found
 
 
 @dataclass(frozen=True)
@@ -159,8 +168,9 @@ def fitted(residues: Residues, goal: Goal, units: Ints, rate: float, plan: Plan)
 
 def _scale(residues: Residues, goal: Goal, units: Ints) -> float:
     """Root mean square of vectors, over some of the units; 1 where all are 0."""
-    some = units[np.unique(np.linspace(0, len(units) - 1, SCALED_BY).astype(int))]
-    vectors = residues.look_up(residues.offsets[some] if goal.of_chains else some)
+    places = np.concatenate([residues.span(chain) for chain in units]) if goal.of_chains else units
+    some = places[np.unique(np.linspace(0, len(places) - 1, SCALED_BY).astype(int))]
+    vectors = residues.look_up(some)
     return float(vectors.double().square().mean().sqrt()) or 1.0
 
 
@@ -194,8 +204,8 @@ def _asked(probe: Probe, residues: Residues, goal: Goal, groups: Sequence[Ints])
     if not goal.of_chains:
         begins = residues.offsets[np.searchsorted(residues.offsets, units, side="right") - 1]
         return probe(residues.look_up(units), torch.from_numpy(units - begins), None), targets
-    spans = [np.arange(*residues.offsets[[chain, chain + 1]]) for chain in units]
-    positions = np.concatenate([np.arange(len(span)) for span in spans])
+    spans = [residues.span(chain) for chain in units]
+    positions = np.concatenate([span - residues.offsets[chain] for chain, span in zip(units, spans, strict=True)])
     owners = np.repeat(np.arange(len(spans)), [len(span) for span in spans])
     vectors = residues.look_up(np.concatenate(spans))
     return probe(vectors, torch.from_numpy(positions), torch.from_numpy(owners)), targets
@@ -205,7 +215,8 @@ def _asked(probe: Probe, residues: Residues, goal: Goal, groups: Sequence[Ints])
 class Answer:
     score: float | None
     """On the test part; None where its targets leave the metric undefined."""
-    valid: float
+    valid: float | None
+    """None where probes of all learning rates diverged."""
     rate: float
     """The learning rate that the valid part chose."""
     units: int
@@ -227,10 +238,15 @@ def probed(
             reached = -math.inf if reached is None else reached
             if name not in best or reached > best[name][0]:
                 best[name] = (reached, rate, outputs_of(probe, residues, goal, test))
-    return {
-        name: Answer(score(goal.kind, goal.targets[tests[name][1]], outputs), reached, rate, len(outputs))
-        for name, (reached, rate, outputs) in best.items()
-    }
+    found = {}
+    for name, (reached, rate, outputs) in best.items():
+        reached_on_test = score(goal.kind, goal.targets[tests[name][1]], outputs)
+        found[name] = Answer(_finite(reached_on_test), _finite(reached), rate, len(outputs))
+    return found
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def control(goal: Goal, train: Ints, test: Ints) -> float | None:

@@ -4,24 +4,27 @@ Efficiency and distinctiveness of the codebook, sensitivity to conformations, ef
 decoded backbones are, all on the split asked for, as `structure.html` and `structure.json`. Every section is kept in
 `sections/` as soon as it is made, and is not made again after a kill.
 
-A recipe of proteins takes it up with `Report(StructureReportSettings, write, FILES, refuse)`, where its `write` calls
-this one with `tokens_of(job.trained)` and, where it can, latents and a decoder. `tokens=FILE vectors=FILE` judges
+A recipe of proteins takes it up with `Report(StructureReportSettings, write, FILES, refuse, given)`, where its `write`
+calls this one with `tokens_of(job.trained)` and, where it can, latents and a decoder. `tokens=FILE vectors=FILE` judges
 tokens made elsewhere by the same rules, and `beside=DIR,DIR` sets finished reports beside this one.
 """
 
+import hashlib
 import importlib.util
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipelines import storage
+from pipelines.corpora._protein_annotations import stem_of
 from pipelines.errors import Refused
 from pipelines.recipe import ReportJob
 from pipelines.recipes import _sensitivity as sensitivity
 from pipelines.recipes import _structure_tasks as tasks
 from pipelines.recipes._cath_split import read_cath
-from pipelines.recipes._protein_tokens import ProteinTokens, read_tokens
+from pipelines.recipes._protein_tokens import ProteinTokens, keys_of, read_tokens
 from pipelines.recipes._structure_page import page_of
 from pipelines.recipes._structure_sections import Sections, shards_of, tasks_of
 from pipelines.shards import ShardReader
@@ -56,8 +59,8 @@ class StructureReportSettings(BaseModel):
     @field_validator("rates")
     @classmethod
     def _some_positive_rates(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
-        if not rates or min(rates) <= 0:
-            raise ValueError("give one or more positive learning rates")
+        if not rates or not all(0 < rate < math.inf for rate in rates):
+            raise ValueError("give one or more positive, finite learning rates")
         return rates
 
     @model_validator(mode="after")
@@ -88,12 +91,7 @@ def refuse(job: ReportJob) -> None:
         tasks.check_label(task, reader)
         _check_residues(job, reader)
         if task.cath is not None:
-            if reader.manifest.digest == job.reader.manifest.digest:
-                raise Refused(
-                    f'task {task.name!r}: split = "cath" divides all rows anew, and {reader.uri} has test rows already:'
-                    " a probe would be fitted on some of them, and the tokenizer on some it is tested with. Ingest the"
-                    ' task\'s structures by themselves and give them as shards = "URI", or leave split out.'
-                )
+            _check_apart(job, task.name, reader)
             read_cath(task.cath)
     if s.pairs is not None:
         reader = shards_of(job, s.pairs_shards)
@@ -103,6 +101,39 @@ def refuse(job: ReportJob) -> None:
         sensitivity.pairs_of_table(storage.normalise(s.pairs), [])
     for place in s.beside:
         _other(job, place)
+
+
+def _check_apart(job: ReportJob, task: str, reader: ShardReader) -> None:
+    """split = "cath" divides all rows anew: none of them may be one that the tokenizer was trained on."""
+    known = {(stem_of(name), chain) for name, chain, *_ in keys_of(job.reader, "train")}
+    shared = [(name, chain) for name, chain, *_ in keys_of(reader) if (stem_of(name), chain) in known]
+    if shared:
+        name, chain = shared[0]
+        raise Refused(
+            f'task {task!r}: split = "cath" divides all rows of {reader.uri} anew, and {len(shared):,} of them are'
+            f" train rows of {job.reader.uri} (such as {name} chain {chain}): the tokenizer would be tested on what it"
+            ' was trained with. Ingest other structures and give them as shards = "URI", or leave split out.'
+        )
+
+
+def given(job: ReportJob) -> dict[str, str]:
+    """Digests of the files and shards that settings point to: what is in them is part of what the report is of."""
+    s = job.settings
+    found = {name: file_digest(uri) for name in ("tasks", "tokens", "vectors", "pairs") if (uri := getattr(s, name))}
+    if s.pairs_shards is not None:
+        found["pairs_shards"] = shards_of(job, s.pairs_shards).manifest.digest
+    for place in s.beside:
+        found[f"beside {place}"] = file_digest(storage.join(storage.normalise(place), FILES[1]))
+    for task in tasks_of(job):
+        if task.shards is not None:
+            found[f"shards of task {task.name}"] = shards_of(job, task.shards).manifest.digest
+        if task.cath is not None:
+            found[f"cath of task {task.name}"] = file_digest(task.cath)
+    return found
+
+
+def file_digest(uri: str) -> str:
+    return hashlib.sha256(storage.read_bytes(storage.normalise(uri))).hexdigest()
 
 
 def _check_residues(job: ReportJob, reader: ShardReader) -> None:
@@ -146,16 +177,12 @@ def metrics_of(found: Mapping[str, Any]) -> dict[str, float]:
     told = found["sensitivity"].get("correlations", {})
     numbers |= {f"sensitivity_{of}_{name}": value for of, each in told.items() for name, value in each.items()}
     for of, one in (found["reconstruction"].get("scores") or {}).items():
-        numbers |= {f"{measure}_{_word(of)}": one[measure] for measure in ("rmsd", "lddt")}
+        numbers |= {f"{measure}_{tasks.word(of)}": one[measure] for measure in ("rmsd", "lddt")}
     for task in found["effectiveness"].get("tasks", []):
         for test, part in task.get("tests", {}).items():
             for method, answer in part["scores"].items():
-                numbers[f"{_word(task['name'])}_{test}_{task['metric']}_{method}"] = answer["score"]
+                numbers[f"{tasks.word(task['name'])}_{test}_{task['metric']}_{method}"] = answer["score"]
     return {name: value for name, value in numbers.items() if value is not None}
-
-
-def _word(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in name)
 
 
 def _other(job: ReportJob, place: str) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class Sections:
         places = torch.linspace(0, len(ordered) - 1, min(len(ordered), SHOWN_COUNTS)).long()
         return {
             "chains": len(self.chains),
+            "residues_without_code": int((self.chains.codes < 0).sum()),
             "efficiency": use.efficiency(counts),
             "distinctiveness": use.distinctiveness(self.tokens.vectors, counts),
             "shares": ordered[places].tolist(),

@@ -65,7 +65,7 @@ class Task(BaseModel):
     label: str
     kind: Literal["binary", "regression", "classes"]
     level: Literal["residue", "chain"] = "residue"
-    scale: float = Field(1.0, gt=0)
+    scale: float = Field(1.0, gt=0, allow_inf_nan=False)
     classes: dict[str, Annotated[str, BeforeValidator(str)]] | None = None
     least: int = Field(1, ge=1)
     shards: str | None = None
@@ -109,10 +109,17 @@ def read_tasks(uri: str) -> tuple[Task, ...]:
             f"{'.'.join(map(str, one['loc']))}: {one['msg'].removeprefix('Value error, ')}" for one in error.errors()
         )
         raise Refused(f"tasks={uri} defines tasks wrongly: {mistakes}.") from None
-    names = [task.name for task in tasks]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise Refused(f"tasks={uri} has two tasks named {', '.join(twice)}; give each a name of its own.")
+    names = [word(task.name) for task in tasks]
+    if twice := sorted({task.name for task in tasks if names.count(word(task.name)) > 1}):
+        raise Refused(
+            f"tasks={uri} has tasks whose names are alike but for signs: {', '.join(twice)}; give each one of its own."
+        )
     return tasks
+
+
+def word(name: str) -> str:
+    """A name as it stands in those of metrics."""
+    return "".join(letter if letter.isalnum() else "_" for letter in name)
 
 
 def labels_in(reader: ShardReader) -> list[str]:

@@ -24,12 +24,14 @@ class TmAligner:
             raise Refused("TM-scores are computed by tmtools, which is not installed: pip install 'vqray[tmscore]'")
         self.seconds, self.child = seconds, child
         self._process: subprocess.Popen[str] | None = None
+        self._works = False
 
     def mean_score(self, one: Floats, other: Floats) -> float | None:
-        """Mean of the two length-normalised TM-scores of CA atoms [L, 3] and [M, 3]; None where time ran out.
+        """Mean of the two length-normalised TM-scores of CA atoms [L, 3] and [M, 3]; None where time ran out, or where
+        the process ended on this pair.
 
         Raises:
-            Failed: the process ended by itself.
+            Failed: the process ended by itself before it had aligned anything.
         """
         process = self._running()
         assert process.stdin is not None
@@ -47,7 +49,10 @@ class TmAligner:
             line = ""
         if not line:
             self.close()
-            raise Failed("the process that runs TM-align ended by itself; see what it printed above.")
+            if not self._works:
+                raise Failed("the process that runs TM-align ended by itself; see what it printed above.")
+            return None
+        self._works = True
         first, second = json.loads(line)
         return (float(first) + float(second)) / 2
 

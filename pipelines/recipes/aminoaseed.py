@@ -339,15 +339,15 @@ def measure(model: StructureTokenizer, batch: Batch) -> Measured:
 
 def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
     """`rmsd` of N, CA and C after superposition, in Angstrom, and `lddt` of CA, means over chains; the same of vectors
-    that were not quantized; `recovery`, the share of residue types read off rightly."""
-    chains, residues = sums["chains"], sums["residues"]
-    return {
-        "rmsd": float(sums["rmsd"] / chains),
-        "rmsd_continuous": float(sums["rmsd_continuous"] / chains),
-        "lddt": float(sums["lddt"] / chains),
-        "recovery": float(sums["recovered"] / sums["known"]),
-        "quantization_error": float(sums["quantization"] / residues),
+    that were not quantized; `recovery`, the share of residue types read off rightly. Of nothing there is no mean."""
+    ratios = {
+        "rmsd": ("rmsd", "chains"),
+        "rmsd_continuous": ("rmsd_continuous", "chains"),
+        "lddt": ("lddt", "chains"),
+        "recovery": ("recovered", "known"),
+        "quantization_error": ("quantization", "residues"),
     }
+    return {name: float(sums[of] / sums[count]) for name, (of, count) in ratios.items() if sums[count]}
 
 
 def geometry(model: StructureTokenizer, counts: Float[Tensor, "1 K"]) -> dict[str, float]:
@@ -391,7 +391,7 @@ recipe = Recipe(
     geometry=geometry,
     distortion="rmsd",
     claims=paper.claims,
-    report=Report(structure.StructureReportSettings, write_report, structure.FILES, structure.refuse),
+    report=Report(structure.StructureReportSettings, write_report, structure.FILES, structure.refuse, structure.given),
     space={
         "num_codes": "choice:256,512,1024,2048,4096",
         "code_dim": "choice:128,256,512,1024,2048",

@@ -1,6 +1,7 @@
 """From a model folder and texts to a page of concepts, one verb a step; and what is refused on the way."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from jobs import cli
 from pipelines import report as reporting
 from pipelines.errors import Refused
+from pipelines.recipes import clvq_vae
 from pipelines.report import report
 from pipelines.request import Request
 from pipelines.shards import ShardReader
@@ -96,6 +98,17 @@ def test_a_report_that_was_stopped_goes_on_and_attributions_can_be_taken_over(st
     second = report(story.run, story.shards, str(tmp_path / "b"), overrides=again)
     assert first.metrics == second.metrics
     assert not first.skipped
+
+
+def test_a_report_of_other_contents_under_the_same_paths_is_another_report(story, tmp_path, monkeypatch):
+    contents = {"tokens": "1"}
+    told = replace(clvq_vae.recipe.report, given=lambda job: dict(contents))
+    monkeypatch.setattr(clvq_vae, "recipe", replace(clvq_vae.recipe, report=told))
+    report(story.run, story.shards, str(tmp_path / "out"))
+    assert report(story.run, story.shards, str(tmp_path / "out")).skipped
+    contents["tokens"] = "2"
+    with pytest.raises(Refused, match="given.*tokens.*Give another --out"):
+        report(story.run, story.shards, str(tmp_path / "out"))
 
 
 def test_without_a_model_there_are_concepts_alone(story, tmp_path):

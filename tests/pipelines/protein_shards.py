@@ -71,7 +71,8 @@ def complexes(count: int = 12, seed: int = 0) -> list[tuple[str, dict[str, Any]]
     for number in range(count):
         split = ("train", "train", "valid", "test")[number % 4]
         first = protein(f"c{number:02d}/c{number:02d}{SUFFIXES[0]}.pdb", drawn, int(drawn.integers(20, 31)))
-        noise = 0.5 * number * drawn.normal(size=first["backbone"].shape)
+        # Residues move as they are: shaken atom by atom they would make no frame.
+        noise = 0.5 * number * drawn.normal(size=(first["length"], 1, 3))
         residues = np.where(drawn.uniform(size=first["length"]) < number / count, 0, first["residues"])
         second = {
             **first, "name": f"c{number:02d}/c{number:02d}{SUFFIXES[1]}.pdb",

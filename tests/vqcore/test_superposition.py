@@ -45,6 +45,16 @@ def test_what_is_masked_does_not_matter():
         assert torch.allclose(measure(*filled, mask), measure(mobile, fixed), rtol=1e-12)
 
 
+def test_lddt_of_many_atoms_is_that_of_all_pairs_at_once(monkeypatch):
+    drawn = torch.Generator().manual_seed(0)
+    fixed = 6 * torch.randn(2, 23, 3, generator=drawn)
+    mobile, mask = fixed + torch.randn(2, 23, 3, generator=drawn), torch.rand(2, 23, generator=drawn) > 0.2
+    whole = lddt(mobile, fixed, mask)
+    monkeypatch.setattr("vqcore.superposition.LDDT_ROWS", 5)
+    torch.testing.assert_close(lddt(mobile, fixed, mask), whole)
+    assert ((whole > 0) & (whole < 1)).all()
+
+
 def test_lddt_is_biotites():
     mobile, fixed = structures()
     expected = []

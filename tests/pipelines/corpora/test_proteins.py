@@ -435,6 +435,30 @@ def test_a_coordinate_that_is_no_number_is_a_missing_atom(tmp_path: Path, wrong:
     assert np.isfinite(kept["backbone"]).all()
 
 
+def test_an_atom_that_was_not_placed_is_a_missing_atom_and_it_is_said(tmp_path: Path) -> None:
+    """9999.000, and a residue all at the origin."""
+    lines = pdb(chain([1, 2, 3, 4])).splitlines()
+    lines[6] = lines[6][:30] + "9999.000" * 3 + lines[6][54:]  # CA of residue 2
+    for number in range(9, 13):
+        lines[number] = lines[number][:30] + "   0.000" * 3 + lines[number][54:]
+    given(tmp_path, {"x.pdb": "\n".join(lines)})
+    [dropped] = rows_of(tmp_path)
+    assert dropped["numbers"].tolist() == [1, 4]
+    assert "5 atoms without a place" in dropped["notes"]
+    [kept] = rows_of(tmp_path, KEEP)
+    assert kept["numbers"].tolist() == [1, 2, 4]
+    assert kept["atoms"][1].tolist() == [1, 0, 1, 1]
+    assert float(np.abs(kept["backbone"]).max()) < 9000
+
+
+def test_folders_named_as_splits_are_official_splits(tmp_path: Path) -> None:
+    given(tmp_path, {f"{split}/{name}.pdb": pdb(chain([1])) for split in ("train", "valid", "test") for name in "ab"})
+    found = [row for one in units(tmp_path, SHORT).values() if isinstance(one, list) for row in one]
+    assert [(row.values["name"], row.split) for row in found] == [
+        (f"{split}/{name}.pdb", split) for split in ("test", "train", "valid") for name in "ab"
+    ]
+
+
 def test_optional_columns_of_mmcif_may_be_absent_or_say_nothing(tmp_path: Path) -> None:
     names = "group_PDB label_atom_id label_comp_id label_asym_id auth_seq_id label_seq_id Cartn_x Cartn_y Cartn_z"
     names += " occupancy B_iso_or_equiv"

@@ -235,3 +235,12 @@ def test_where_codes_come_from_follows_from_the_quantizer_unless_said(quantizer,
 def test_settings_that_cannot_work_are_refused_with_those_that_do(settings, said):
     with pytest.raises(Refused, match=said):
         aminoaseed.resolve(StructureSettings(**settings), kinds.SHAPES["proteins"])
+
+
+def test_of_nothing_there_is_no_mean():
+    """A split whose residues are all unknown has no share of types that were read off rightly."""
+    sums = dict.fromkeys(("rmsd", "rmsd_continuous", "lddt", "recovered", "quantization"), torch.tensor(3.0))
+    counts = {"chains": torch.tensor(2.0), "residues": torch.tensor(6.0), "known": torch.tensor(0.0)}
+    assert aminoaseed.summarise({**sums, **counts}) == {
+        "rmsd": 1.5, "rmsd_continuous": 1.5, "lddt": 1.5, "quantization_error": 0.5,
+    }  # fmt: skip

@@ -46,6 +46,22 @@ def test_what_is_rebuilt_but_for_a_motion_is_perfect_and_a_point_is_not(reader):
     assert found["mean structure"]["rmsd"] > 1
 
 
+@pytest.mark.parametrize("atoms", [slice(0, 4), slice(1, 2)])
+def test_residues_that_make_no_frame_are_in_no_mean_and_no_score(reader, tmp_path, atoms):
+    """As one that a program could not place, and wrote far away."""
+    rows = complexes(8)
+    first = next(number for number, (split, _) in enumerate(rows) if split == "train")
+    for number in (first, next(number for number, (split, _) in enumerate(rows) if split == "test")):
+        rows[number][1]["backbone"][3, atoms] = 9000.0
+    broken = ShardReader(make_protein_shards(tmp_path, rows))
+    whole, found = rebuilding.mean_backbone(reader), rebuilding.mean_backbone(broken)
+    assert found.shape == whole.shape
+    assert float((found - whole).abs().max()) < 30
+    scores = rebuilding.reconstruction(broken, "test", tokens())
+    assert scores["unquantized"]["rmsd"] < 1e-4
+    assert scores["mean structure"]["rmsd"] < 30
+
+
 def test_noise_costs_about_what_it_is(reader):
     found = rebuilding.reconstruction(reader, "test", tokens(noise=0.5))["unquantized"]
     assert found["rmsd"] == pytest.approx(0.5 * 3**0.5, rel=0.1)

@@ -129,5 +129,23 @@ def test_an_aligner_that_hangs_is_ended_and_the_next_pair_is_aligned(tmp_path: P
         assert time.monotonic() - begun < 30
         aligner.seconds = 60
         assert aligner.mean_score(np.zeros((3, 3)), np.zeros((3, 3))) == pytest.approx(0.6)
-        with pytest.raises(Failed, match="ended by itself"):
-            aligner.mean_score(np.zeros((2, 3)), np.zeros((3, 3)))
+        assert aligner.mean_score(np.zeros((2, 3)), np.zeros((3, 3))) is None, "it ended on this pair"
+        assert aligner.mean_score(np.zeros((3, 3)), np.zeros((3, 3))) == pytest.approx(0.6)
+
+
+def test_an_aligner_that_ends_before_it_has_aligned_anything_is_an_error(tmp_path: Path):
+    (tmp_path / "child.py").write_text(HANGING)
+    with TmAligner(60.0, tmp_path / "child.py") as aligner, pytest.raises(Failed, match="ended by itself"):
+        aligner.mean_score(np.zeros((2, 3)), np.zeros((3, 3)))
+
+
+def test_the_longer_of_two_suffixes_is_looked_for_first():
+    keys = [("a_l_u.pdb", "A", 0, 1), ("a_u.pdb", "A", 0, 1)]
+    for suffixes in (("_u", "_l_u"), ("_l_u", "_u")):
+        [pair] = sensitivity.pairs_by_suffix(keys, suffixes)
+        assert {pair.one, pair.other} == {0, 1}
+
+
+def test_a_short_line_of_a_table_is_a_pair_that_is_not_there(tmp_path: Path):
+    (tmp_path / "pairs.csv").write_text("a,chain_a,b,chain_b\nx,A,y\n")
+    assert sensitivity.pairs_of_table(str(tmp_path / "pairs.csv"), [("x.pdb", "A", 0, 1)]) == ([], 1)

@@ -19,7 +19,8 @@ def data(chains: int = 40, length: int = 12, seed: int = 0) -> tuple[Residues, n
     codes = drawn.integers(6, size=chains * length)
     vectors = 1e-3 * torch.eye(6)
     offsets = np.arange(0, chains * length + 1, length)
-    return Residues(offsets, lambda places: vectors[torch.from_numpy(codes[places])], 6), codes
+    every = np.ones(len(codes), bool)
+    return Residues(offsets, lambda places: vectors[torch.from_numpy(codes[places])], 6, every), codes
 
 
 def parts(total: int) -> tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]]]:
@@ -65,7 +66,7 @@ def test_test_targets_are_never_seen():
 
 def test_the_length_of_vectors_does_not_matter():
     residues, codes = data(chains=16)
-    longer = Residues(residues.offsets, lambda places: 1024 * residues.look_up(places), 6)
+    longer = Residues(residues.offsets, lambda places: 1024 * residues.look_up(places), 6, residues.coded)
     goal, parted = Goal("regression", codes.astype(np.float32), 1), parts(len(codes))
     assert probes.probed(residues, goal, *parted, PLAN) == probes.probed(longer, goal, *parted, PLAN)
 
@@ -79,9 +80,38 @@ def test_chains_are_told_by_the_mean_of_their_residues():
     assert probes.probed(residues, goal, train, tests, plan)["test"].score > 0.8
 
 
+def test_residues_without_a_token_are_in_no_chains_mean_and_no_scale():
+    """The first of each chain has none; what is looked up for it must not matter."""
+    residues, codes = data(chains=160)
+    coded = np.arange(len(codes)) % 12 > 0
+    shares = ((codes < 3) & coded).reshape(160, 12).sum(1) / 11
+
+    def looked_up(places, at_first):
+        return torch.where(torch.from_numpy(coded[places]).unsqueeze(1), residues.look_up(places), at_first)
+
+    train, tests = parts(160)
+    goal = Goal("regression", 4 * shares.astype(np.float32), 1, of_chains=True)
+    plan = Plan(steps=60, rates=(1e-2,), hidden=16, chains=32)
+    small, large = (
+        probes.probed(
+            Residues(residues.offsets, lambda places, at_first=at_first: looked_up(places, at_first), 6, coded),
+            goal, train, tests, plan,
+        )
+        for at_first in (0.0, 1e4)
+    )  # fmt: skip
+    assert small == large
+
+
+def test_probes_that_diverge_at_every_rate_have_no_score():
+    residues, codes = data()
+    goal, parted = Goal("regression", codes.astype(np.float32), 1), parts(len(codes))
+    answer = probes.probed(residues, goal, *parted, Plan(steps=20, rates=(1e30,), hidden=16))["test"]
+    assert (answer.score, answer.valid) == (None, None)
+
+
 def test_a_position_can_be_told_from_the_embedding_alone():
     offsets = np.arange(0, 481, 12)
-    blind = Residues(offsets, lambda places: torch.zeros(len(places), 4), 4)
+    blind = Residues(offsets, lambda places: torch.zeros(len(places), 4), 4, np.ones(480, bool))
     train, tests = parts(480)
     targets = (np.arange(480) % 12 < 6).astype(np.float32)
     assert probes.probed(blind, Goal("binary", targets, 1), train, tests, PLAN)["test"].score > 0.95

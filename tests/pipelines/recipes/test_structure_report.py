@@ -229,13 +229,40 @@ def test_settings_that_do_not_go_together_are_refused(settings):
         reports.StructureReportSettings(**settings)
 
 
+def test_what_files_hold_is_part_of_what_a_report_is_of(shards, tmp_path):
+    """Under the same path: tokens exported again, a task defined otherwise."""
+    files = {name: tmp_path / file for name, file in (("tasks", "t.toml"), ("pairs", "p.csv"), ("tokens", "c.jsonl"))}
+    for file in files.values():
+        file.write_text("")
+    files["tasks"].write_text('[[task]]\nname = "a"\nlabel = "contact"\nkind = "binary"\n')
+    np.save(tmp_path / "v.npy", np.eye(3))
+    job = job_of(
+        shards, tmp_path / "out", **{name: str(file) for name, file in files.items()}, vectors=str(tmp_path / "v.npy")
+    )
+    before = reports.given(job)
+    assert before.keys() == {*files, "vectors"}
+    assert reports.given(job) == before
+    for name, file in files.items():
+        file.write_text(file.read_text() + "\n")
+        after = reports.given(job)
+        assert {key for key in before if after[key] != before[key]} == {name}
+        before = after
+
+
 def test_a_division_by_cath_is_refused_on_shards_whose_test_rows_it_would_train_on(shards, tmp_path):
     (tmp_path / "cath.csv").write_text("file,chain,code\nc00_u.pdb,A,1.10.10.10\n")
     task = '[[task]]\nname = "fold"\nlabel = "contact"\nkind = "binary"\nsplit = "cath"\n'
     task += f'cath = "{tmp_path / "cath.csv"}"\n'
     (tmp_path / "tasks.toml").write_text(task)
-    with pytest.raises(Refused, match=r"'fold': split = \"cath\" divides all rows anew.* give them as shards"):
+    with pytest.raises(
+        Refused, match=r"'fold': split = \"cath\" divides all rows of .* train rows of .* give them as shards"
+    ):
         reports.refuse(job_of(shards, tmp_path, tasks=str(tmp_path / "tasks.toml")))
     other = make_protein_shards(tmp_path / "other", complexes(8, seed=1))
+    (tmp_path / "tasks.toml").write_text(task + f'shards = "{other}"\n')
+    with pytest.raises(Refused, match=r"\d+ of them are train rows"):
+        reports.refuse(job_of(shards, tmp_path, tasks=str(tmp_path / "tasks.toml")))
+    unseen = [(split, {**row, "name": f"new/{row['name']}"}) for split, row in complexes(8, seed=1)]
+    other = make_protein_shards(tmp_path / "unseen", unseen)
     (tmp_path / "tasks.toml").write_text(task + f'shards = "{other}"\n')
     reports.refuse(job_of(shards, tmp_path, tasks=str(tmp_path / "tasks.toml")))

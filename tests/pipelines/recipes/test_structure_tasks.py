@@ -54,7 +54,7 @@ def test_a_file_of_tasks_is_read(tmp_path):
         ('[[task]]\nname = "a"\nlabel = "x"\nkind = "binary"\nsplit = "cath"', "go together"),
         ('[[task]]\nname = "a"\nlabel = "x"\nkind = "binary"\nscale = 2', "scale is for"),
         ('[[task]]\nname = "a"\nlabel = "x"\nkind = "binary"\nshares = [0.5, 0.5, 1]', "between 0 and 1"),
-        ('[[task]]\nname = "a"\nlabel = "x"\nkind = "binary"\n' * 2, "two tasks named a"),
+        ('[[task]]\nname = "a"\nlabel = "x"\nkind = "binary"\n' * 2, "alike but for signs: a"),
         ("= 3", "no TOML file"),
         ("", "task"),
     ],
