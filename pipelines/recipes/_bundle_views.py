@@ -51,5 +51,5 @@ def _draw(axis: Axes, lines: np.ndarray, frame: np.ndarray, across: int, up: int
     for limit, place in ((axis.set_xlim, across), (axis.set_ylim, up)):
         low, high = float(frame[..., place].min()), float(frame[..., place].max())
         limit(low - 0.08 * (high - low) - 1, high + 0.08 * (high - low) + 1)
-    axis.set_aspect("equal", adjustable="datalim")
+    axis.set_aspect("equal", adjustable="box")
     axis.tick_params(labelsize=6)

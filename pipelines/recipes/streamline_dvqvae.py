@@ -4,7 +4,7 @@ Paper: Lizarraga et al., "Differentiable VQ-VAE's for Robust White Matter Stream
        text was not to be had here: what follows is the authors' code (drewrl3v/diff-vq-vae on GitHub, MIT).
 Run:   vqray ingest --corpus streamlines --source bundles/ --out shards --set rows=chunks chunk=512
        vqray train --recipe streamline_dvqvae --shards shards --out runs/bundles
-       vqray evaluate --bundle runs/bundles --shards shards --out runs/bundles/test
+       vqray report --bundle runs/bundles --shards shards --out bundles-report
 
 `--set bottleneck=ae|vae|vq|vq_ema|gumbel` are the source's five models: encoder and decoder are the same. AE and VAE
 have no codes, so there is nothing to encode with them.
@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from pipelines.errors import Failed, Refused
-from pipelines.recipe import Batch, Losses, Measured, Recipe, Settings, Share, Stage
+from pipelines.recipe import Batch, Losses, Measured, Recipe, Report, ReportJob, Settings, Share, Stage
+from pipelines.recipes import _bundle_report as reports
 from pipelines.recipes import _bundle_views as bundle_views
 from vqcore import losses, noise, polylines
 from vqcore.networks.strided import FACTOR, StridedDecoder, StridedEncoder
@@ -411,6 +412,37 @@ def pictures(model: BundleModel, batch: Batch) -> dict[str, Figure]:
     return {"bundles": bundle_views.views(drawn)}
 
 
+def bundle_model(model: BundleModel) -> reports.BundleModel:
+    """The model as its report sees it: chunks that hold something, and what becomes of them."""
+
+    def chunks(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        points, real = model.all_chunks(batch)
+        held = real.any(1)
+        return points[held], real[held], model.chunk_keys(batch)[held]
+
+    def rows(batch: Batch) -> Int64[Tensor, " C"]:
+        held = model.all_chunks(batch)[1].any(1)
+        return torch.arange(len(held)).div(model.chunks, rounding_mode="floor")[held]
+
+    s, book = model.settings, model.quantizer
+    what = f"{s.bottleneck}, {s.num_codes} codes of {s.code_dim} dimensions" if book is not None else s.bottleneck
+    return reports.BundleModel(
+        chunks=chunks,
+        rows=rows,
+        latents=lambda points, real, keys: _through(model, model.latents(points), real, keys),
+        render=model.render,
+        codes=None if book is None else lambda points: book.assign(model.latents(points)),
+        look_up=None if book is None else book.look_up,
+        num_codes=s.num_codes,
+        millimetres=model.millimetres,
+        what=f"DVQ-VAE's network, bottleneck {what}",
+    )
+
+
+def write_report(job: ReportJob) -> dict[str, float]:
+    return reports.write(job, bundle_model(job.trained.model))
+
+
 recipe = Recipe(
     corpus=("streamlines",),
     Settings=StreamlineSettings,
@@ -424,6 +456,7 @@ recipe = Recipe(
     summarise=summarise,
     fitted=fitted,
     pictures=pictures,
+    report=Report(reports.BundleReportSettings, write_report, reports.FILES, reports.refuse),
     space={
         "num_codes": "choice:64,128,256,512,1024",
         "code_dim": "choice:16,32,64,128",

@@ -107,7 +107,7 @@ def test_a_report_of_other_contents_under_the_same_paths_is_another_report(story
     report(story.run, story.shards, str(tmp_path / "out"))
     assert report(story.run, story.shards, str(tmp_path / "out")).skipped
     contents["tokens"] = "2"
-    with pytest.raises(Refused, match="given.*tokens.*Give another --out"):
+    with pytest.raises(Refused, match=r"given.*tokens.*Give another --out"):
         report(story.run, story.shards, str(tmp_path / "out"))
 
 

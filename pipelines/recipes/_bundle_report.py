@@ -1,0 +1,208 @@
+"""The report on codes of bundles: what became of each bundle, what codes say of it, and what new codes decode to.
+
+Files: `bundles.html` and `bundles.json`, and `bundles.png` with the bundles seen from three sides. All on the split
+asked for; what is learned (probes, code tables) is learned from train rows alone. The measures are those of DVQ-VAE's
+code where it has one (BUAN at 0.05 of scaled coordinates, the shift of latents), and ours elsewhere.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from pipelines import storage
+from pipelines.encode import seen_batches
+from pipelines.errors import Refused
+from pipelines.recipe import Batch, ReportJob
+from pipelines.recipes import _bundle_page as pages
+from pipelines.recipes import _bundle_probes as probes
+from pipelines.recipes import _bundle_views as views
+from pipelines.shards import ShardReader
+from vqcore import polylines
+
+FILES = ("bundles.html", "bundles.png", "bundles.json")
+FORMAT, VERSION = "vqray-bundles", 1
+THRESHOLD = 0.05
+"""Of BUAN, in scaled coordinates as in the source: not millimetres."""
+SHIFT = 0.5
+"""Of every number of the latents, times alpha, as in the source."""
+
+
+class BundleReportSettings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shifted: int = Field(16, ge=1, description="chunks whose latents are shifted, at most")
+    synthesised: int = Field(2, ge=1, description="pairs of each bundle that are interpolated, and draws of codes")
+    seed: int = Field(42, ge=0, description="of which chunks are taken and of drawn codes")
+
+
+@dataclass(frozen=True)
+class BundleModel:
+    """What a recipe says of a trained model for its report. Chunks are [C, S, n, 3], scaled; latents [C, h, w, D]."""
+
+    chunks: Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
+    """A batch -> (points, which streamlines are real, keys) of its chunks that hold something."""
+    rows: Callable[[Batch], Int64[Tensor, " C"]]
+    """The row of the batch that each of these comes from."""
+    latents: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """(points, real, keys) -> what the decoder is given."""
+    render: Callable[[Tensor], Tensor]
+    codes: Callable[[Tensor], Tensor] | None
+    """points -> codes [C, h, w]; None without a codebook."""
+    look_up: Callable[[Tensor], Tensor] | None
+    num_codes: int
+    millimetres: Callable[[Tensor], Tensor]
+    what: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One chunk of the split."""
+
+    label: int
+    points: Float[Tensor, "S n 3"]
+    real: Bool[Tensor, " S"]
+    latents: Float[Tensor, "h w D"]
+    made: Float[Tensor, "S n 3"]
+    codes: Int64[Tensor, "h w"] | None
+    of_codes: Float[Tensor, "S n 3"] | None
+    """What the codes alone decode to."""
+
+    @property
+    def lines(self) -> Float[Tensor, "R n 3"]:
+        return self.points[self.real]
+
+
+def write(job: ReportJob, model: BundleModel) -> dict[str, float]:
+    """Make the report's files; its metrics."""
+    names: list[str] = job.reader.manifest.context["bundles"]
+    found = list(chunks_of(job.reader, job.split, model))
+    train = list(chunks_of(job.reader, "train", model)) if job.split != "train" else found
+    to_mm = float((model.millimetres(torch.ones(1)) - model.millimetres(torch.zeros(1))).item())
+    sections = {
+        "bundles": per_bundle(found, names, to_mm),
+        "shift": shifted(found[:: max(1, len(found) // job.settings.shifted)][: job.settings.shifted], model),
+        "recognition": probes.recognition(train, found, model.num_codes),
+        "synthesis": probes.synthesis(train, found, model, job.settings.synthesised, job.settings.seed),
+    }
+    about = {
+        "format": FORMAT, "version": VERSION, "what": model.what, "bundle": job.trained.digest,
+        "shards": job.reader.manifest.digest, "split": job.split,
+    }  # fmt: skip
+    numbers = metrics_of(sections)
+    storage.write_json_atomic(storage.join(job.out, FILES[2]), {**about, "metrics": numbers, **sections})
+    drawn = [views.Drawn(names[one.label], *_both(one, model)) for one in _largest(found)]
+    with storage.writing(storage.join(job.out, FILES[1])) as staged:
+        views.views(drawn).savefig(staged, format="png")
+    page = pages.page_of({**about, "metrics": numbers, **sections}, views.views(drawn))
+    storage.write_atomic(storage.join(job.out, FILES[0]), page.encode("utf-8"))
+    return numbers
+
+
+def refuse(job: ReportJob) -> None:
+    """Raise Refused, before any work, for what cannot end well."""
+    if job.split == "all":
+        raise Refused(
+            "split=all was given; probes learn from train rows, so name the split that is asked: valid or test."
+        )
+    if job.reader.rows("train") == 0:
+        raise Refused("the shards have no train rows, and bundles are recognised by what is learned from them.")
+
+
+def chunks_of(reader: ShardReader, split: str, model: BundleModel) -> Iterator[Chunk]:
+    """Every chunk of a split with what became of it."""
+    for shard in range(len(reader.manifest.shards)):
+        for batch, _, _ in seen_batches(reader, shard, split):
+            with torch.inference_mode():
+                points, real, keys = model.chunks(batch)
+                latents = model.latents(points, real, keys)
+                made = model.render(latents)
+                codes = None if model.codes is None else model.codes(points)
+                stored = None if model.look_up is None or codes is None else model.render(model.look_up(codes))
+            labels = batch.columns["label"][model.rows(batch)].tolist()
+            for place, label in enumerate(labels):
+                yield Chunk(
+                    label,
+                    points[place],
+                    real[place],
+                    latents[place],
+                    made[place],
+                    None if codes is None else codes[place],
+                    None if stored is None else stored[place],
+                )
+
+
+def per_bundle(found: list[Chunk], names: list[str], to_mm: float) -> list[dict[str, Any]]:
+    """Means over the chunks of each bundle, and over all: BUAN with its deviation, MDF in mm, root mean square mm."""
+    rows = []
+    for label, name in [*enumerate(names), (None, "all")]:
+        own = [one for one in found if label in (None, one.label)]
+        if own:
+            scores = _scores([(one.lines, one.made[one.real]) for one in own], to_mm)
+            coded = [(one.lines, one.of_codes[one.real]) for one in own if one.of_codes is not None]
+            if coded:
+                scores |= {f"{key}_of_codes": value for key, value in _scores(coded, to_mm).items()}
+            count = sum(len(one.lines) for one in own)
+            rows.append({"bundle": name, "chunks": len(own), "streamlines": count, **scores})
+    return rows
+
+
+def _scores(pairs: list[tuple[Tensor, Tensor]], to_mm: float) -> dict[str, float]:
+    """Of (true, made) streamlines of chunks."""
+    buan = torch.tensor([polylines.bundle_adjacency(true, made, THRESHOLD) for true, made in pairs]).double()
+    true, made = (torch.cat(side) for side in zip(*pairs, strict=True))
+    return {
+        "buan": float(buan.mean()),
+        "buan_deviation": float(buan.std(unbiased=False)),
+        "mdf_mm": float(polylines.mdf(made, true).double().mean()) * to_mm,
+        "rmse_mm": float((made - true).double().square().mean().sqrt()) * to_mm,
+    }
+
+
+def shifted(found: list[Chunk], model: BundleModel) -> list[dict[str, float]]:
+    """What a shift of all latents by alpha / 2 does: how far points move, and how much streamlines bend (scaled)."""
+    rows = []
+    for alpha in np.linspace(-1, 1, 9).tolist():
+        moved, bent = [], []
+        for one in found:
+            with torch.inference_mode():
+                made = model.render(one.latents.unsqueeze(0) + alpha * SHIFT)[0][one.real]
+            moved.append((made - one.made[one.real]).norm(dim=-1).mean())
+            bent.append(polylines.bending(made).mean())
+        rows.append(
+            {"alpha": alpha, "moved": float(torch.stack(moved).mean()), "bending": float(torch.stack(bent).mean())}
+        )
+    return rows
+
+
+def metrics_of(sections: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of all sections, with names for tables."""
+    whole = sections["bundles"][-1]
+    numbers = {name: value for name, value in whole.items() if isinstance(value, float)}
+    worst = min(sections["bundles"][:-1], key=lambda one: one["buan"])
+    numbers["buan_of_the_worst_bundle"] = worst["buan"]
+    numbers |= {
+        f"shift_{key}": float(np.mean([sections["shift"][n][key] for n in (0, -1)])) for key in ("moved", "bending")
+    }
+    numbers |= {f"recognised_by_{name}": value for name, value in sections["recognition"]["accuracy"].items()}
+    for name, one in sections["synthesis"].items():
+        numbers |= {f"{name}_{key}": value for key, value in one.items() if isinstance(value, float)}
+    return numbers
+
+
+def _largest(found: list[Chunk]) -> list[Chunk]:
+    """The largest chunk of each of a few bundles."""
+    best: dict[int, Chunk] = {}
+    for one in found:
+        if one.label not in best or int(one.real.sum()) > int(best[one.label].real.sum()):
+            best[one.label] = one
+    return sorted(best.values(), key=lambda one: -int(one.real.sum()))[: views.MOST_BUNDLES]
+
+
+def _both(one: Chunk, model: BundleModel) -> tuple[Tensor, Tensor]:
+    return model.millimetres(one.lines), model.millimetres(one.made[one.real])

@@ -1,0 +1,139 @@
+"""The report on bundles: its numbers against what can be worked out, and that nothing is learned from test rows."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipelines.errors import Refused
+from pipelines.recipe import ReportJob
+from pipelines.recipes import _bundle_probes as probes
+from pipelines.recipes import _bundle_report as reports
+from pipelines.recipes import streamline_dvqvae as dvqvae
+from pipelines.recipes._bundle_report import Chunk
+from pipelines.recipes.streamline_dvqvae import BundleModel, StreamlineSettings
+from pipelines.shards import ShardReader
+from tests.pipelines.bundle_shards import BUNDLES, CHUNK, POINTS, make_bundle_shards
+from tests.pipelines.loops import TINY
+from vqcore import polylines
+
+NAME = "streamline_dvqvae"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> str:
+    return make_bundle_shards(tmp_path_factory.mktemp("shards"))
+
+
+def model_of(**changes) -> BundleModel:
+    torch.manual_seed(0)
+    settings = StreamlineSettings(**{**TINY[NAME], **changes})
+    model = BundleModel(dvqvae.resolve(settings, {"points": [CHUNK, POINTS, 3], "real": [CHUNK]})).eval()
+    model.extent.copy_(torch.tensor([-60.0, 100.0]))
+    return model
+
+
+def job_of(shards: str, out: Path, split: str = "test", **settings) -> ReportJob:
+    opened = SimpleNamespace(digest="d" * 64, recipe=SimpleNamespace(name=NAME))
+    given = reports.BundleReportSettings(**settings)
+    return ReportJob(opened, out, ShardReader(shards), split, given, str(out))
+
+
+@pytest.mark.parametrize("bottleneck", ["gumbel", "ae"])
+def test_every_question_is_answered_on_the_split_asked_for(shards, tmp_path, bottleneck):
+    job, model = job_of(shards, tmp_path), model_of(bottleneck=bottleneck)
+    numbers = reports.write(job, dvqvae.bundle_model(model))
+    told = json.loads((tmp_path / "bundles.json").read_text())
+    *each, whole = told["bundles"]
+    assert [row["streamlines"] for row in each] == list(BUNDLES)
+    assert whole["streamlines"] == sum(BUNDLES)
+    assert whole["chunks"] == sum(-(-count // 4) for count in BUNDLES)
+    found = dvqvae.summarise(_measured(model, shards))
+    for name in ("buan", "mdf_mm", "rmse_mm"):
+        assert numbers[name] == pytest.approx(found[name], rel=1e-5)
+    assert ("buan_of_codes" in numbers) == (bottleneck == "gumbel")
+    assert told["shift"][4]["moved"] < 1e-6
+    assert told["shift"][0]["moved"] > 0
+    page = (tmp_path / "bundles.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert "img-src data:" in page
+    assert (tmp_path / "bundles.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def _measured(model: BundleModel, shards: str) -> dict[str, torch.Tensor]:
+    sums: dict[str, torch.Tensor] = {}
+    from pipelines.encode import seen_batches
+
+    for shard in range(2):
+        for batch, _, _ in seen_batches(ShardReader(shards), shard, "test"):
+            with torch.inference_mode():
+                for name, value in dvqvae.measure(model, batch).sums.items():
+                    sums[name] = sums.get(name, torch.zeros(())) + value
+    return sums
+
+
+def chunk(label: int, code: int, offset: float = 0.0) -> Chunk:
+    """Streamlines along x at a height of the label, all of one code."""
+    points = torch.zeros(4, POINTS, 3)
+    points[..., 0] = torch.linspace(0, 1, POINTS)
+    points[..., 2] = label + 0.01 * torch.arange(4).unsqueeze(1) + offset
+    codes = torch.full((1, 4), code)
+    return Chunk(
+        label, points, torch.ones(4, dtype=torch.bool), torch.full((1, 4, 2), float(code)), points, codes, points
+    )
+
+
+def test_bundles_are_recognised_by_what_train_chunks_say_and_by_nothing_else():
+    train = [chunk(label, label) for label in (1, 2, 3)] * 2
+    found = probes.recognition(train, [chunk(label, label) for label in (3, 1, 2)], 8)
+    assert found["accuracy"]["codes_1nn"] == found["accuracy"]["codes_linear"] == found["accuracy"]["points_1nn"] == 1
+    # The codes of the train chunks say another bundle than the points do.
+    swapped = [chunk(label, label % 3 + 1) for label in (1, 2, 3)]
+    found = probes.recognition(train, swapped, 8)["accuracy"]
+    assert found["codes_1nn"] == found["codes_linear"] == 0
+    assert found["points_1nn"] == 1
+    assert found["chance"] == pytest.approx(1 / 3)
+    unknown = probes.recognition(train, [chunk(7, 7), chunk(1, 1)], 8)
+    assert (unknown["chunks"], unknown["of_bundles_without_train_chunks"]) == (1, 1)
+
+
+def test_new_chunks_are_judged_by_the_nearest_train_chunk_of_their_bundle():
+    train = [chunk(1, 0), chunk(1, 1, 0.5), chunk(2, 2)]
+    test = [chunk(1, 0), chunk(1, 1, 0.5), chunk(2, 2)]
+    decoder = SimpleNamespace(num_codes=3, look_up=lambda codes: codes.unsqueeze(-1).double(), render=_render)
+    found = probes.synthesis(train, test, decoder, 2, seed=0)
+    assert found["real"] == {"chunks": 3, "buan": 1, "length_off": pytest.approx(0), "bending_off": pytest.approx(0)}
+    assert found["interpolated"]["chunks"] == 1
+    assert found["interpolated"]["buan"] == 0, "halfway between two heights there is no streamline"
+    assert found["drawn"]["chunks"] == 4
+    assert 0 < found["drawn"]["buan"] <= 1
+
+
+def _render(latents: torch.Tensor) -> torch.Tensor:
+    """The chunk whose code the mean of the latents is: heights are 1, 1.5 and 2."""
+    code = latents.mean().item()
+    return chunk(1, 0, 0.5 * code).points.unsqueeze(0)
+
+
+def test_drawn_codes_stand_where_train_chunks_have_them_and_follow_from_the_seed():
+    some = [chunk(1, code) for code in range(5)]
+    drawn = [probes._drawn(some, seed) for seed in range(20)]
+    assert torch.equal(drawn[3], probes._drawn(some, 3))
+    assert set(torch.stack(drawn).unique().tolist()) == set(range(5))
+    assert any(len(one.unique()) > 1 for one in drawn), "each position for itself"
+
+
+def test_a_shift_of_what_does_not_listen_moves_nothing():
+    model = SimpleNamespace(render=lambda latents: chunk(1, 0).points.unsqueeze(0))
+    rows = reports.shifted([chunk(1, 0)], model)
+    assert [row["alpha"] for row in rows] == [-1, -0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75, 1]
+    assert {row["moved"] for row in rows} == {0}
+    assert rows[0]["bending"] == pytest.approx(float(polylines.bending(chunk(1, 0).points).mean()))
+
+
+def test_all_splits_at_once_are_refused(shards, tmp_path):
+    with pytest.raises(Refused, match="split=all was given"):
+        reports.refuse(job_of(shards, tmp_path, split="all"))
+    reports.refuse(job_of(shards, tmp_path))
