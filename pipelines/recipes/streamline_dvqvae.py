@@ -34,6 +34,7 @@ from pipelines.errors import Failed, Refused
 from pipelines.recipe import Batch, Losses, Measured, Recipe, Report, ReportJob, Settings, Share, Stage
 from pipelines.recipes import _bundle_report as reports
 from pipelines.recipes import _bundle_views as bundle_views
+from pipelines.recipes import _dvqvae_claims as paper
 from vqcore import losses, noise, polylines
 from vqcore.networks.strided import FACTOR, StridedDecoder, StridedEncoder
 from vqcore.quantizers import GumbelQuantizer, VectorQuantizer
@@ -456,6 +457,7 @@ recipe = Recipe(
     summarise=summarise,
     fitted=fitted,
     pictures=pictures,
+    claims=paper.claims,
     report=Report(reports.BundleReportSettings, write_report, reports.FILES, reports.refuse),
     space={
         "num_codes": "choice:64,128,256,512,1024",
