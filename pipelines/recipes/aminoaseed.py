@@ -75,7 +75,9 @@ class StructureSettings(Settings):
     )
     crop: int | None = Field(None, ge=16, description="residues of a chain in a training step; default max_length")
     index: Literal["numbers", "order"] = Field(
-        "numbers", description="how far residues are from each other along the chain: author's numbers, or places"
+        "numbers",
+        description="how far residues are from each other along the chain: by the author's numbers (0 between those of"
+        " one number, told apart by insertion codes), or by places: order",
     )
 
     neighbours: int = Field(16, ge=1, description="residues of a neighbourhood, with the middle one")

@@ -134,6 +134,9 @@ class StructureEncoder(nn.Module):
         """
         rotation, origin, framed = frames.frames_of(backbone)
         mask = mask & framed
+        # A short chain has places that are not real: what they point to is weighed with 0, and 0 x NaN is NaN.
+        rotation = torch.where(mask[..., None, None], rotation, torch.eye(3).to(rotation))
+        origin = torch.where(mask.unsqueeze(-1), origin, 0.0)
         places, real = frames.neighbours(origin, mask, self.neighbours)
         row, middle = mask.nonzero(as_tuple=True)
         sizes = len(row) if torch.is_grad_enabled() else RESIDUES_AT_ONCE

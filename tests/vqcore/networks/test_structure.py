@@ -176,3 +176,21 @@ def test_a_backbone_has_ideal_bonds_from_the_start():
     backbone = BackboneHead(6).double()(torch.randn(2, 5, 6).double())
     bonds = (backbone[:, :, 1:] - backbone[:, :, :-1]).norm(dim=-1)
     torch.testing.assert_close(bonds, torch.tensor([1.4606, 1.526]).double().expand(2, 5, 2), rtol=1e-4, atol=0)
+
+
+def test_what_masked_residues_of_a_short_chain_hold_does_not_matter():
+    """Also NaN, where a chain has fewer residues than a neighbourhood."""
+    torch.manual_seed(0)
+    encoder = StructureEncoder(16, 8, blocks=2, heads=2, inner=16, neighbours=6)
+    short, index = chain(4, 0).float().unsqueeze(0), torch.arange(7).unsqueeze(0)
+    mask, found = (torch.arange(7) < 4).unsqueeze(0), []
+    for filler in (0.0, float("nan")):
+        encoder.zero_grad()
+        padded = torch.cat([short, torch.full((1, 3, *short.shape[2:]), filler)], 1)
+        vectors, there = encoder(padded, mask, index)
+        vectors[there].sum().backward()
+        found.append([vectors[there].detach(), *(p.grad for p in encoder.parameters() if p.grad is not None)])
+    assert torch.equal(there, mask)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+        assert other.isfinite().all()
