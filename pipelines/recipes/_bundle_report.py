@@ -1,24 +1,26 @@
 """The report on codes of bundles: what became of each bundle, what codes say of it, and what new codes decode to.
 
-Files: `bundles.html` and `bundles.json`, and `bundles.png` with the bundles seen from three sides. All on the split
-asked for; what is learned (probes, code tables) is learned from train rows alone. The measures are those of DVQ-VAE's
-code where it has one (BUAN at 0.05 of scaled coordinates, the shift of latents), and ours elsewhere.
+Files: `bundles.html` and `bundles.json`, and `bundles.png` with the bundles seen from three sides. With `source=` also
+`decoded/`, every bundle of the split as a file of the kind it came from, with that file's header. All on the split that
+is asked for; what is learned (probes, code tables) is learned from train rows alone. The measures are those of
+DVQ-VAE's code where it has one (BUAN at 0.05 of scaled coordinates, the shift of latents), and ours elsewhere.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from pipelines import storage
 from pipelines.encode import seen_batches
 from pipelines.errors import Refused
 from pipelines.recipe import Batch, ReportJob
+from pipelines.recipes import _bundle_files as bundle_files
 from pipelines.recipes import _bundle_page as pages
 from pipelines.recipes import _bundle_probes as probes
 from pipelines.recipes import _bundle_views as views
@@ -39,6 +41,17 @@ class BundleReportSettings(BaseModel):
     shifted: int = Field(16, ge=1, description="chunks whose latents are shifted, at most")
     synthesised: int = Field(2, ge=1, description="pairs of each bundle that are interpolated, and draws of codes")
     seed: int = Field(42, ge=0, description="of which chunks are taken and of drawn codes")
+    source: tuple[str, ...] = Field(
+        (), exclude=True, description="the files the shards were made from: decoded ones are written with their headers"
+    )
+    written: Literal["mixture", "codes"] = Field(
+        "mixture", description="what is decoded into files: what evaluation decodes, or the codes alone"
+    )
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _one_source(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,8 @@ def write(job: ReportJob, model: BundleModel) -> dict[str, float]:
         "shards": job.reader.manifest.digest, "split": job.split,
     }  # fmt: skip
     numbers = metrics_of(sections)
+    if job.settings.source:
+        numbers["files"] = float(written(job, model))
     storage.write_json_atomic(storage.join(job.out, FILES[2]), {**about, "metrics": numbers, **sections})
     drawn = [views.Drawn(names[one.label], *_both(one, model)) for one in _largest(found)]
     with storage.writing(storage.join(job.out, FILES[1])) as staged:
@@ -110,8 +125,30 @@ def refuse(job: ReportJob) -> None:
         raise Refused(
             "split=all was given; probes learn from train rows, so name the split that is asked: valid or test."
         )
+    if job.settings.source:
+        bundle_files.check_sources(job.reader, job.split, job.settings.source)
+    if job.settings.written == "codes" and not job.trained.recipe.codebooks(job.trained.settings):
+        raise Refused("written=codes was given, and this model has no codebook; allowed here is written=mixture.")
     if job.reader.rows("train") == 0:
         raise Refused("the shards have no train rows, and bundles are recognised by what is learned from them.")
+
+
+def written(job: ReportJob, model: BundleModel) -> int:
+    """Decoded bundles below `decoded/`; how many files."""
+    alone = job.settings.written == "codes"
+
+    def decoded(batch: Batch) -> Iterator[tuple[int, Tensor]]:
+        points, real, keys = model.chunks(batch)
+        if alone and model.codes is not None and model.look_up is not None:
+            made = model.render(model.look_up(model.codes(points)))
+        else:
+            made = model.render(model.latents(points, real, keys))
+        rows = model.rows(batch)
+        for row in rows.unique().tolist():
+            # Chunks of a row that hold nothing come last, and are not among these.
+            yield row, model.millimetres(made[rows == row].flatten(0, 1))
+
+    return bundle_files.write_decoded(job.reader, job.split, job.settings.source, decoded, job.out)
 
 
 def chunks_of(reader: ShardReader, split: str, model: BundleModel) -> Iterator[Chunk]:
