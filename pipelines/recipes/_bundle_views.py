@@ -27,7 +27,7 @@ class Drawn:
 def views(bundles: Sequence[Drawn], above: str = "original", below: str = "reconstruction") -> Figure:
     """A pair of rows for each bundle, a column for each side; both of a pair have one scale."""
     shown = bundles[:MOST_BUNDLES]
-    figure = Figure(figsize=(9.0, 5.2 * len(shown)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(9.0, 6.2 * len(shown)), dpi=120, layout="constrained")
     axes = figure.subplots(2 * len(shown), 3, squeeze=False)
     for number, bundle in enumerate(shown):
         for row, (what, lines) in enumerate(((above, bundle.before), (below, bundle.after))):
@@ -35,7 +35,7 @@ def views(bundles: Sequence[Drawn], above: str = "original", below: str = "recon
                 axis = axes[2 * number + row][column]
                 _draw(axis, lines.numpy(), bundle.before.numpy(), across, up)
                 if row == 0:
-                    axis.set_title(f"{bundle.name}, {side}" if column == 0 else side, fontsize=9)
+                    axis.set_title(side if column else f"{bundle.name}\n{side}", fontsize=8, loc="left")
                 if column == 0:
                     axis.set_ylabel(what, fontsize=9)
     return figure
@@ -48,8 +48,10 @@ def _draw(axis: Axes, lines: np.ndarray, frame: np.ndarray, across: int, up: int
     flat = lines[..., [across, up]]
     segments = np.stack([flat[:, :-1], flat[:, 1:]], 2).reshape(-1, 2, 2)
     axis.add_collection(LineCollection(list(segments), colors=colours.reshape(-1, 3) * 0.85, linewidths=0.6, alpha=0.7))
-    for limit, place in ((axis.set_xlim, across), (axis.set_ylim, up)):
-        low, high = float(frame[..., place].min()), float(frame[..., place].max())
-        limit(low - 0.08 * (high - low) - 1, high + 0.08 * (high - low) + 1)
-    axis.set_aspect("equal", adjustable="box")
+    low, high = frame.reshape(-1, 3).min(0), frame.reshape(-1, 3).max(0)
+    # One scale for all sides of a bundle, so that pictures are squares.
+    centre, half = (low + high) / 2, 0.55 * float((high - low).max()) + 1
+    axis.set_xlim(centre[across] - half, centre[across] + half)
+    axis.set_ylim(centre[up] - half, centre[up] + half)
+    axis.set_aspect("equal")
     axis.tick_params(labelsize=6)
