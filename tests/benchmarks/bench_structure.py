@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def run(quick: bool = False, bundle: str | None = None, shards: str | None = Non
     """Print shares of tokens that stay, seconds, MiB and the quantizer's share of a training step."""
     torch.set_num_threads(1)
     if bundle is not None and shards is not None:
-        model = trained.open_trained(bundle).model
+        model = trained.open_trained(Path(bundle)).model
         batches = list(_stored(shards, split))
     else:
         model, batches = fresh(), [made([60, 110, 45], seed) for seed in range(2 if quick else 8)]
@@ -55,9 +56,8 @@ def run(quick: bool = False, bundle: str | None = None, shards: str | None = Non
     with torch.inference_mode():
         codes = [aminoaseed.encode(model, batch) for batch in batches]
     seconds, chains = time.process_time() - begun, sum(len(batch.mask) for batch in batches)
-    print(
-        f"encode: {chains / seconds:.1f} chains/s, {sum(int((c >= 0).sum()) for c in codes) / seconds:.0f} residues/s a core"
-    )
+    residues = sum(int((found >= 0).sum()) for found in codes)
+    print(f"encode: {chains / seconds:.1f} chains/s, {residues / seconds:.0f} residues/s a core")
     _quantizer_share(3 if quick else 9)
     for length in LENGTHS[:1] if quick else LENGTHS:
         words = [sys.executable, "-c", CHILD.format(length=length)]
