@@ -17,6 +17,7 @@ from pipelines.feed import Feed, as_seen, to_batch
 from pipelines.manifest import Manifest, ShardRecord, Units, describe, save_manifest
 from pipelines.recipe import Batch
 from pipelines.shards import ShardReader, ShardWriter
+from tests.pipelines.bundle_shards import make_bundle_shards
 from tests.pipelines.loops import make_shards, spec_of
 from vqcore import metrics
 
@@ -227,3 +228,23 @@ def ragged_schema(home: str) -> pa.Schema:
 def save(home: str, kind: str, schema: pa.Schema, records: list[ShardRecord]) -> None:
     units = Units(200, 200, 0, {})
     save_manifest(Manifest(kind, {}, {}, describe(schema), tuple(records), units, ""), home)
+
+
+def test_a_model_without_a_codebook_is_measured_and_encodes_nothing(tmp_path):
+    """And what was fitted beside the network stands in its card."""
+    shards = make_bundle_shards(tmp_path / "shards")
+    spec = spec_of("streamline_dvqvae", shards, tmp_path / "run", steps=2, bottleneck="ae")
+    reader = ShardReader(shards)
+    model, _ = loop.train(spec, Feed(reader), torch.device("cpu"), lambda _: None)
+    corpus = {"kind": "streamlines", "settings": reader.manifest.settings}
+    about = {"recipe": spec.recipe, "settings": spec.settings, "corpus": corpus, "codebooks": [], "metrics": {}}
+    trained.write_trained(spec.out, model, about)
+    low, high = model.extent.tolist()
+    assert model_of(spec.out).card["fitted"] == {"lowest_mm": low, "highest_mm": high}
+    found = evaluate(spec.out, shards, str(tmp_path / "measured"))
+    assert found.metrics["mse"] > 0
+    assert not {"usage", "perplexity", "num_codes", "bits_per_row"} & found.metrics.keys()
+    assert [Path(picture).name for picture in found.pictures] == ["bundles.png"]
+    with pytest.raises(Refused, match="has no codebook, so there are no codes"):
+        encode(spec.out, shards, str(tmp_path / "codes"))
+    assert not (tmp_path / "codes").exists()
