@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from pipelines import recipe
@@ -11,6 +12,7 @@ from pipelines.sampling import Adaptive, Random, grid_points
 from pipelines.shards import ShardReader
 from pipelines.space import parse_space
 from tests.pipelines.loops import SIDE, TINY, make_shards
+from tests.pipelines.protein_shards import make_protein_shards, protein
 
 ROWS = 45
 
@@ -50,6 +52,19 @@ def test_capacity_counts_what_a_recipe_calls_its_dimension(reader):
     """plain_vq has no code_dim: D is patch x patch of the grey images."""
     points, _ = grid_points(feasible(reader, "plain_vq", "patch=choice:1,2,4", capacity=64))
     assert points == [{"patch": p, "num_codes": 64 // p**2} for p in (1, 2, 4)]
+
+
+def test_structure_tokens_of_one_capacity_are_the_papers_five_pairs(tmp_path):
+    """AminoAseed's study of size against dimension: K x D = 2^19 throughout, from 256 x 2048 to 4096 x 128."""
+    drawn = np.random.default_rng(0)
+    rows = [("train", protein(str(n), drawn, 64)) for n in range(64)]
+    proteins = ShardReader(make_protein_shards(tmp_path, rows))
+    points, left_out = grid_points(feasible(proteins, "aminoaseed", "crop=64", capacity=2**19))
+    pairs = [(2**size, 2 ** (19 - size)) for size in range(8, 13)]
+    for quantizer in ("reparameterized", "plain"):
+        found = [(p["num_codes"], p["code_dim"]) for p in points if p["quantizer"] == quantizer]
+        assert sorted(found) == pairs
+    assert (len(points), left_out) == (10, [])
 
 
 def test_at_a_fixed_rate_codes_times_their_bits_are_that_rate(reader):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.recipes import _code_use as use
 from pipelines.recipes._code_use import distinctiveness, efficiency
 
 
@@ -35,6 +36,16 @@ def test_orthogonal_codes_are_distinct_and_copies_are_not():
     copies = distinctiveness(torch.ones(16, 3), counts)["all"]
     assert copies["mean"] == pytest.approx(1)
     assert copies["histogram"][-1] == 1
+
+
+@pytest.mark.parametrize("values", [1, 40, 200])
+def test_a_code_is_in_no_block_its_own_pair(values, monkeypatch):
+    monkeypatch.setattr(use, "BLOCK_VALUES", values)
+    vectors, counts = torch.eye(16), torch.arange(16)
+    for found in distinctiveness(vectors, counts).values():
+        assert (found["mean"], found["mean_absolute"], found["deviation"]) == (0, 0, 0)
+    opposite = torch.cat([torch.ones(8, 2), -torch.ones(8, 2)])
+    assert distinctiveness(opposite, torch.ones(16))["all"]["mean"] == pytest.approx((8 * 7 - 8 * 8) / (8 * 15))
 
 
 def test_gaussian_codes_have_the_spread_of_their_dimension():

@@ -9,6 +9,7 @@ import torch
 from pipelines.recipes import _effectiveness as effects
 from pipelines.recipes import _structure_tasks as tasks
 from pipelines.recipes._protein_tokens import ProteinTokens
+from pipelines.recipes._structure_chains import Chains
 from pipelines.recipes._structure_probe import Goal, Plan
 from pipelines.shards import ShardReader
 from tests.pipelines.protein_shards import CODES, complexes, make_protein_shards
@@ -55,6 +56,26 @@ def test_labels_that_codes_hold_are_read_from_them(reader, asked):
     assert scores["control"] == 0.5
     assert abs(scores["dihedrals"] - 0.5) < 0.25
     assert answer(reader, asked, "b_factors")["tests"]["test"]["scores"]["codes"]["score"] > 0.9
+
+
+@pytest.mark.parametrize(("level", "length"), [("residue", 12), ("chain", 1)])
+def test_of_test_chains_nothing_is_learned(level, length):
+    """Their codes, half of all, occur in no other chain: whoever knows their labels has seen them."""
+    drawn = np.random.default_rng(0)
+    sizes = {"train": 600 // length, "valid": 240 // length, "test": 600 // length}
+    codes = np.concatenate([drawn.integers(75, size=840), drawn.integers(75, 150, size=600)])
+    labels = {"contact": (drawn.permutation(150) % 2).astype(np.float32)[codes]}
+    keys = [(str(n), "A", 0, 1) for n in range(1440 // length)]
+    flat = {"angles": np.zeros((1440, 6), np.float32), "alphas": np.zeros((1440, 3), np.float32)}
+    chains = Chains(keys, np.arange(0, 1441, length), codes, labels=labels, **flat)
+    book = torch.randn(150, 32, generator=torch.Generator().manual_seed(0))
+    asked = effects.Asked(ProteinTokens(book, lambda batch: batch, ""), chains, sizes, book[codes].numpy())
+    task = tasks.Task(name="x", label="contact", kind="binary", level=level)
+    plan = Plan(steps=150, rates=(1e-2,), hidden=64, chains=96 // length)
+    found = effects.effectiveness(task, asked, plan, kmeans=False, seed=0)["tests"]["test"]
+    for method in ("codes", "latents"):
+        assert found["scores"][method]["valid"] > 0.9
+        assert abs(found["scores"][method]["score"] - 0.5) < 0.2
 
 
 def test_clusters_are_as_many_as_codes_and_fitted_on_train_alone(reader, asked):

@@ -16,7 +16,9 @@ from pipelines.errors import Refused
 from pipelines.recipes import _protein_tokens as tokens
 from pipelines.recipes import _structure_chains as chains
 from pipelines.shards import ShardReader
-from tests.pipelines.protein_shards import CODES, complexes, make_protein_shards
+from tests.pipelines.protein_shards import CODES, complexes, make_protein_shards, protein
+from tests.vqcore.chains import chain as grown
+from vqcore import frames
 from vqcore.quantizers import VectorQuantizer
 
 
@@ -125,6 +127,46 @@ def test_chains_are_the_rows_as_stored(reader):
     np.testing.assert_array_equal(held.labels["contact"], np.concatenate([row["contact"] for row in rows]))
     both = chains.joined([chains.gather(reader, split, found) for split in ("train", "test")])
     assert both.codes[both.places(len(both) - 1)].tolist() == rows[-1]["residues"].tolist()
+
+
+def test_chains_that_are_not_finite_are_gone_with_their_labels(tmp_path):
+    rows = complexes(6)
+    for number in (1, 2, 7):
+        rows[number][1]["backbone"] = rows[number][1]["backbone"].copy()
+        rows[number][1]["backbone"][4, 0, 0] = np.nan
+    reader = ShardReader(make_protein_shards(tmp_path, rows))
+    found = tokens.ProteinTokens(
+        torch.eye(CODES), lambda batch: batch.columns["residues"], "residues",
+        lambda batch: batch.columns["residues"].unsqueeze(-1).float(),
+    )  # fmt: skip
+    held = chains.gather(reader, "all", found, ("contact", "b_factors"))
+    sound = [row for number, (_, row) in enumerate(rows) if number not in (1, 2, 7)]
+    assert [key[0] for key in held.keys] == [row["name"] for row in sound]
+    assert np.diff(held.offsets).tolist() == [row["length"] for row in sound]
+    np.testing.assert_array_equal(held.labels["contact"], held.codes < 4)
+    np.testing.assert_array_equal(held.labels["b_factors"], 10 * held.codes)
+    latents = chains.latents_of(reader, ("all",), found, len(held.codes), tmp_path / "latents")
+    np.testing.assert_array_equal(latents[:, 0], held.codes)
+
+
+def test_a_missing_atom_leaves_no_angle_that_needs_it(tmp_path):
+    backbone = frames.with_oxygen(grown(12, 1)).float().numpy()
+    atoms = np.ones((12, 4), np.uint8)
+    atoms[3, 0] = atoms[7, 1] = atoms[9, 3] = 0
+    drawn = np.random.default_rng(0)
+    rows = [(split, protein(split, drawn, 12, backbone=backbone)) for split in ("train", "test")]
+    rows[1][1]["atoms"] = atoms
+    reader = ShardReader(make_protein_shards(tmp_path, rows))
+    found = tokens.ProteinTokens(torch.eye(CODES), lambda batch: batch.columns["residues"], "residues")
+    whole, holed = (chains.gather(reader, split, found) for split in ("train", "test"))
+    there = np.ones((12, 3), bool)
+    there[0, 0] = there[11, 1] = there[11, 2] = False
+    assert np.array_equal(whole.angles.reshape(12, 3, 2).any(-1), there)
+    for place in (3, 7):
+        there[place] = there[place - 1, 1:] = there[place + 1, 0] = False
+    np.testing.assert_allclose(holed.angles, whole.angles * there.repeat(2, 1), atol=1e-6)
+    assert np.isnan(holed.alphas).any(1).nonzero()[0].tolist() == [7]
+    assert not np.isnan(whole.alphas).any()
 
 
 def trained_with(model: torch.nn.Module, encode, books=((CODES, 4),)) -> SimpleNamespace:

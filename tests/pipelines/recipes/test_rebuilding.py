@@ -1,5 +1,7 @@
 """Decoded backbones against the true ones, and the controls."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,22 @@ def test_noise_costs_about_what_it_is(reader):
     found = rebuilding.reconstruction(reader, "test", tokens(noise=0.5))["unquantized"]
     assert found["rmsd"] == pytest.approx(0.5 * 3**0.5, rel=0.1)
     assert 0.5 < found["lddt"] < 1
+
+
+def test_what_is_decoded_of_a_residue_without_a_code_does_not_count(reader):
+    given = tokens()
+
+    def codes(batch):
+        found = given.codes(batch)
+        found[:, [3, 7]] = -1
+        return found
+
+    def rebuilt(vectors, mask):
+        return torch.where(mask[..., None, None], given.rebuilt(vectors, mask), 99.0)
+
+    found = rebuilding.reconstruction(reader, "test", replace(given, codes=codes, rebuilt=rebuilt))["unquantized"]
+    assert found["rmsd"] < 1e-4
+    assert found["lddt"] == 1.0
 
 
 def test_tokens_that_cannot_be_decoded_have_no_reconstruction(reader):

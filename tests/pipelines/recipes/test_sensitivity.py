@@ -80,6 +80,14 @@ def test_of_many_pairs_an_even_choice_is_kept():
     assert sensitivity.spread(pairs, 100) == pairs
 
 
+def test_a_fragment_scores_by_both_lengths():
+    """It fits without a fault, so that each TM-score is the share of a chain that is aligned."""
+    whole = backbone_of(np.random.default_rng(3), 40)[:, 1]
+    with TmAligner(60.0) as aligner:
+        assert aligner.mean_score(whole[:20], whole) == pytest.approx((1 + 20 / 40) / 2, abs=1e-3)
+        assert aligner.mean_score(whole, whole[10:]) == pytest.approx((1 + 30 / 40) / 2, abs=1e-3)
+
+
 def test_correlations_are_of_the_scores_with_tm_scores():
     drawn = np.random.default_rng(0)
     alphas, tokens = [], []

@@ -117,6 +117,19 @@ def test_a_position_can_be_told_from_the_embedding_alone():
     assert probes.probed(blind, Goal("binary", targets, 1), train, tests, PLAN)["test"].score > 0.95
 
 
+def test_residues_beyond_the_last_position_share_it():
+    torch.manual_seed(0)
+    probe = probes.Probe(4, 1, 8).eval()
+    with torch.no_grad():
+        torch.nn.init.normal_(probe.positions)
+    offsets = np.array([0, 710])
+    residues = Residues(offsets, lambda places: torch.zeros(len(places), 4), 4)
+    goal = Goal("regression", np.zeros(710, np.float32), 1)
+    found = probes.outputs_of(probe, residues, goal, np.arange(710))[:, 0]
+    assert np.allclose(found[700:], found[699])
+    assert len(np.unique(found[:700])) > 600
+
+
 def test_scores_are_those_of_all_residues():
     drawn = np.random.default_rng(0)
     targets = (drawn.uniform(size=200) < 0.1).astype(np.float32)
@@ -161,3 +174,10 @@ def test_the_control_is_the_constant():
     assert probes.control(Goal("regression", targets, 1), every, every) == 0.0
     # All are said to be 1: F1 of 0 for class 0, 2 x 0.6 / 1.6 for class 1.
     assert probes.control(Goal("classes", targets, 2), every, every) == pytest.approx(0.375)
+
+
+def test_the_control_says_the_class_that_is_most_frequent_in_train():
+    targets = np.array([0, 0, 0, 1, 0, 1, 1, 1], np.float32)
+    train, test = np.arange(4), np.arange(4, 8)
+    # All are said to be 0: F1 of 2 x 0.25 / 1.25 for class 0, 0 for class 1.
+    assert probes.control(Goal("classes", targets, 2), train, test) == pytest.approx(0.2)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from pipelines.recipes import _structure_report as reports
 from pipelines.recipes import _structure_sections as sections
 from pipelines.recipes._protein_tokens import ProteinTokens
 from pipelines.shards import ShardReader
-from tests.pipelines.protein_shards import CODES, SUFFIXES, complexes, make_protein_shards
+from tests.pipelines.protein_shards import CODES, SUFFIXES, complexes, make_protein_shards, protein
 
 FAST = {"steps": 20, "rates": (1e-2,), "pair_suffixes": SUFFIXES}
 
@@ -67,6 +68,44 @@ def test_every_question_is_answered_on_the_split_asked_for(made):
     assert found["metrics"] == numbers
     assert found["sensitivity"]["pairs"] == len(rows) // 2
     assert [task["name"] for task in found["effectiveness"]["tasks"]] == ["contact", "secondary", "b_factors"]
+
+
+def pairs_of_chains() -> list[tuple[str, dict]]:
+    """As many conformations in train, valid and test as 1, 2 and 3 proteins have."""
+    drawn = np.random.default_rng(0)
+    splits = ("train", "valid", "valid", "test", "test", "test")
+    return [
+        (split, protein(f"c{number}{suffix}.pdb", drawn, 12 + number))
+        for number, split in enumerate(splits)
+        for suffix in SUFFIXES
+    ]
+
+
+def test_what_is_rebuilt_is_the_split_asked_for(tmp_path):
+    home = make_protein_shards(tmp_path / "shards", pairs_of_chains())
+    for split, chains in (("valid", 4), ("test", 6)):
+        found = sections.Sections(job_of(home, tmp_path, split), tokens()).reconstruction()["scores"]
+        assert {name: one["chains"] for name, one in found.items()} == dict.fromkeys(found, chains)
+
+
+def test_chains_are_aligned_by_their_own_vectors_where_they_have_a_place(tmp_path, monkeypatch):
+    rows = pairs_of_chains()
+    rows[7][1]["atoms"][3, 1] = 0
+    home = make_protein_shards(tmp_path / "shards", rows)
+    given: dict = {}
+    monkeypatch.setattr(
+        sections.sensitivity,
+        "similarities",
+        lambda pairs, vectors, alphas, _: given.update(vectors, alphas=alphas) or {},
+    )
+    judged = replace(tokens(), latents=lambda batch: 1.0 * batch.columns["numbers"].unsqueeze(-1))
+    assert sections.Sections(job_of(home, tmp_path), judged).sensitivity()["found"] == 3
+    for chain, row in enumerate(row for split, row in rows if split == "test"):
+        kept = row["atoms"][:, 1] == 1
+        assert kept.all() == (chain != 1)
+        np.testing.assert_array_equal(given["codes"][chain], np.eye(CODES, 9)[row["residues"][kept]])
+        np.testing.assert_array_equal(given["latents"][chain][:, 0], row["numbers"][kept])
+        np.testing.assert_array_equal(given["alphas"][chain], row["backbone"][kept, 1])
 
 
 class Tags(HTMLParser):

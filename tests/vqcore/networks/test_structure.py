@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tests.vqcore.chains import batch_of, chain, motion, moved
+from vqcore import frames
 from vqcore.networks import structure
 from vqcore.networks.backbone import BackboneHead, PairHead
 from vqcore.networks.rotary import RotaryTransformer, turned
@@ -61,6 +62,31 @@ def test_a_residue_without_a_frame_has_no_vector_and_is_no_neighbour(encoder):
     wanted, _ = encoder(whole, without, indices(mask))
     assert there[0].tolist() == [place != 9 for place in range(20)]
     torch.testing.assert_close(found, wanted)
+
+
+def test_what_comes_in_is_how_far_neighbours_are_along_the_chain(encoder):
+    backbone, mask = batch_of(chain(40, 1))
+    plain, _ = encoder(backbone, mask, indices(mask))
+    near, _ = frames.neighbours(backbone[:, :, frames.ALPHA], mask, encoder.neighbours)
+    three_on = (near == indices(mask).unsqueeze(-1) + 3).any(-1)
+    assert 5 < int(three_on.sum()) < 35
+    with torch.no_grad():
+        nn.init.normal_(encoder.offsets.weight[encoder.reach + 3])
+    found, _ = encoder(backbone, mask, indices(mask))
+    assert torch.equal((found - plain).abs().amax(-1) > 1e-9, three_on)
+
+
+def test_numbers_count_by_their_differences_up_to_the_reach(encoder):
+    backbone, mask = batch_of(chain(40, 1))
+    second = (indices(mask) >= 20).long()
+    plain, shifted, gap, far, farther = (
+        encoder(backbone, mask, indices(mask) + more)[0]
+        for more in (0, 100, 5 * second, (encoder.reach + 40) * second, (encoder.reach + 400) * second)
+    )
+    assert torch.equal(shifted, plain)
+    assert torch.equal(far, farther)
+    assert (gap[0, 19:21] != plain[0, 19:21]).any(-1).all()
+    assert (far[0, 19:21] != gap[0, 19:21]).any(-1).all()
 
 
 def test_one_residue_and_none(encoder):
