@@ -35,7 +35,7 @@ class Chains:
     angles: Floats
     """[N, 6]: sine and cosine of phi, psi and omega; both 0 where an angle does not exist."""
     alphas: Floats
-    """[N, 3]: CA in Angstrom, NaN where the residue has no frame."""
+    """[N, 3]: CA in Angstrom, NaN where it is missing."""
     labels: dict[str, Floats]
     """[N], NaN where a residue has none."""
 
@@ -65,7 +65,7 @@ def gather(reader: ShardReader, split: str, tokens: ProteinTokens, labels: Seque
         flat["codes"].append(codes[real].numpy())
         flat["angles"].append(turns[real].float().numpy())
         alphas = batch.columns["backbone"][..., 1, :]
-        alphas = alphas.masked_fill(~mask.unsqueeze(-1), torch.nan)
+        alphas = alphas.masked_fill(~batch.columns["atom_mask"][..., 1:2], torch.nan)
         flat["alphas"].append(alphas[real].float().numpy())
         for name in labels:
             flat[name] += [np.asarray(row, np.float32) for row in stored[name]]

@@ -123,7 +123,7 @@ def test_residues_beyond_the_last_position_share_it():
     with torch.no_grad():
         torch.nn.init.normal_(probe.positions)
     offsets = np.array([0, 710])
-    residues = Residues(offsets, lambda places: torch.zeros(len(places), 4), 4)
+    residues = Residues(offsets, lambda places: torch.zeros(len(places), 4), 4, np.ones(710, bool))
     goal = Goal("regression", np.zeros(710, np.float32), 1)
     found = probes.outputs_of(probe, residues, goal, np.arange(710))[:, 0]
     assert np.allclose(found[700:], found[699])
