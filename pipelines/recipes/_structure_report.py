@@ -50,7 +50,7 @@ class StructureReportSettings(BaseModel):
         (), description="two: files whose names differ by them hold conformations of one protein, as _u,_b-matched"
     )
     pairs: str | None = Field(None, description="CSV of conformations: a, chain_a, b, chain_b")
-    pairs_shards: str | None = Field(None, description="shards with the chains of `pairs`; default the report's")
+    pairs_shards: str | None = Field(None, description="shards whose conformations are asked; default the report's")
     most_pairs: int = Field(1000, ge=3, description="pairs of conformations, at most")
     tm_seconds: float = Field(60.0, gt=0, description="for TM-align of one pair, at most")
     beside: tuple[str, ...] = Field((), description="directories of finished reports to show beside this one")
@@ -69,8 +69,6 @@ class StructureReportSettings(BaseModel):
             raise ValueError("tokens and vectors go together: the codes, and what they stand for")
         if len(set(self.pair_suffixes)) not in (0, 2) or len(self.pair_suffixes) > 2:
             raise ValueError("pair_suffixes takes two different suffixes, as _u,_b-matched")
-        if self.pairs_shards is not None and self.pairs is None:
-            raise ValueError("pairs_shards is where the chains of pairs=CSV are; give that too")
         return self
 
 
@@ -82,7 +80,9 @@ def refuse(job: ReportJob) -> None:
     for name, extra in (("biotite", "proteins"), ("sklearn", "proteins")):
         if importlib.util.find_spec(name) is None:
             raise Refused(f"this report needs {name}, which is not installed: pip install 'vqray[{extra}]'")
-    if (s.pairs is not None or s.pair_suffixes) and importlib.util.find_spec("tmtools") is None:
+    if (s.pairs is not None or s.pairs_shards is not None or s.pair_suffixes) and importlib.util.find_spec(
+        "tmtools"
+    ) is None:
         raise Refused("TM-scores are computed by tmtools, which is not installed: pip install 'vqray[tmscore]'")
     if s.tokens is not None:
         read_tokens(s.tokens, s.vectors).on(job.reader)
@@ -93,11 +93,12 @@ def refuse(job: ReportJob) -> None:
         if task.cath is not None:
             _check_apart(job, task.name, reader)
             read_cath(task.cath)
-    if s.pairs is not None:
+    if s.pairs_shards is not None:
         reader = shards_of(job, s.pairs_shards)
         if reader.manifest.kind != "proteins":
             raise Refused(f"pairs_shards={s.pairs_shards} holds {reader.manifest.kind}; give shards of proteins.")
         _check_residues(job, reader)
+    if s.pairs is not None:
         sensitivity.pairs_of_table(storage.normalise(s.pairs), [])
     for place in s.beside:
         _other(job, place)

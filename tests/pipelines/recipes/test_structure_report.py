@@ -260,12 +260,22 @@ def test_reports_of_other_rows_do_not_stand_in_one_table(shards, made, tmp_path)
         {"pair_suffixes": ("_u", "_u")},
         {"rates": ()},
         {"rates": (0.0,)},
-        {"pairs_shards": "x"},
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings):
-    with pytest.raises(ValueError, match=r"go together|two different|positive|give that too"):
+    with pytest.raises(ValueError, match=r"go together|two different|positive"):
         reports.StructureReportSettings(**settings)
+
+
+def test_conformations_may_be_those_of_other_shards_without_a_table(shards, tmp_path):
+    """Of a chain's models, or told by suffixes."""
+    other = make_protein_shards(tmp_path / "other", complexes(12, seed=1))
+    job = job_of(shards, tmp_path / "out", pairs_shards=other, latents=False)
+    reports.refuse(job)
+    found = sections.Sections(job, tokens()).sensitivity()
+    assert found["pairs"] == 12
+    own = sections.Sections(job_of(shards, tmp_path / "own", latents=False), tokens()).sensitivity()
+    assert own["each"] != found["each"]
 
 
 def test_what_files_hold_is_part_of_what_a_report_is_of(shards, tmp_path):
