@@ -35,7 +35,8 @@ from pipelines.recipe import Batch, Losses, Measured, Recipe, Report, ReportJob,
 from pipelines.recipes import _bundle_report as reports
 from pipelines.recipes import _bundle_views as bundle_views
 from pipelines.recipes import _dvqvae_claims as paper
-from vqcore import losses, noise, polylines
+from vqcore import losses, mixture, noise, polylines
+from vqcore.networks import gaussian
 from vqcore.networks.strided import FACTOR, StridedDecoder, StridedEncoder
 from vqcore.quantizers import GumbelQuantizer, VectorQuantizer
 from vqcore.reduction import resolve as reduction
@@ -44,8 +45,6 @@ BUAN_THRESHOLD = 0.05
 """In scaled coordinates, as in the source: not millimetres."""
 MEMBERS = 1 << 20
 """Of a row, for keys."""
-VAE_WIDTH = 20
-VAE_FACTOR = 4
 
 
 class StreamlineSettings(Settings):
@@ -94,7 +93,7 @@ def resolve(settings: StreamlineSettings, columns: dict[str, Any]) -> Streamline
             f"chunk={settings.chunk} does not divide the {row_chunk} streamlines of a row; give a divisor that is a"
             f" multiple of {FACTOR}, or ingest with --set chunk={settings.chunk * 8}."
         )
-    factor = FACTOR * (VAE_FACTOR if settings.bottleneck == "vae" else 1)
+    factor = FACTOR * (gaussian.FACTOR if settings.bottleneck == "vae" else 1)
     for name, size in (("num_points", num_points), ("chunk", settings.chunk)):
         if size % factor:
             raise Refused(
@@ -102,39 +101,6 @@ def resolve(settings: StreamlineSettings, columns: dict[str, Any]) -> Streamline
                 f" {size // factor * factor or factor} and {(size // factor + 1) * factor} are the nearest."
             )
     return settings.model_copy(update={"row_chunk": row_chunk, "num_points": num_points})
-
-
-class GaussianBottleneck(nn.Module):
-    """The source's VAE bottleneck: two strides more, 20 numbers, and back, with a tanh at the end."""
-
-    def __init__(self, dim: int, grid: tuple[int, int]) -> None:
-        super().__init__()
-        self.grid = (grid[0] // VAE_FACTOR, grid[1] // VAE_FACTOR)
-        flat = 256 * math.prod(self.grid)
-        self.down = nn.Sequential(
-            nn.Conv2d(dim, 128, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(128, 256, 3, stride=2, padding=1),
-            nn.ReLU(),
-        )
-        self.mean, self.log_variance = nn.Linear(flat, VAE_WIDTH), nn.Linear(flat, VAE_WIDTH)
-        self.back = nn.Linear(VAE_WIDTH, flat)
-        self.up = nn.Sequential(
-            nn.ConvTranspose2d(256, 128, 3, stride=2, padding=1, output_padding=1),
-            nn.ReLU(),
-            nn.ConvTranspose2d(128, dim, 3, stride=2, padding=1, output_padding=1),
-            nn.Tanh(),
-        )
-
-    def forward(
-        self, z: Float[Tensor, "B D h w"], draw: Float[Tensor, "B 20"] | None
-    ) -> tuple[Float[Tensor, "B D h w"], Float[Tensor, " B"]]:
-        """(latents, divergence from N(0, I)); without a draw the mean."""
-        hidden = self.down(z).flatten(1)
-        mean, log_variance = self.mean(hidden), self.log_variance(hidden)
-        divergence = -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum(1)
-        code = mean if draw is None else mean + draw.to(mean) * (0.5 * log_variance).exp()
-        return self.up(self.back(code).unflatten(1, (256, *self.grid))), divergence
 
 
 class BundleModel(nn.Module):
@@ -150,7 +116,7 @@ class BundleModel(nn.Module):
         self.encoder = StridedEncoder(3, s.width, s.residual_width, s.residual_layers, s.code_dim)
         self.decoder = StridedDecoder(s.code_dim, s.width, s.residual_width, s.residual_layers, 3)
         self.quantizer = _quantizer(s)
-        self.gaussian = GaussianBottleneck(s.code_dim, self.grid) if s.bottleneck == "vae" else None
+        self.gaussian = gaussian.GaussianBottleneck(s.code_dim, self.grid) if s.bottleneck == "vae" else None
         self.extent: Tensor
         self.register_buffer("extent", torch.tensor([-1.0, 1.0]))
         """Smallest and largest coordinate of the train rows, mm."""
@@ -180,6 +146,20 @@ class BundleModel(nn.Module):
         positions = math.prod(self.grid)
         place = torch.arange(positions, device=chunks.device).view(self.grid)
         return chunks.view(-1, 1, 1) * positions + place
+
+    def filled(
+        self, z: Float[Tensor, "C h w D"], vectors: Float[Tensor, "C h w D"], real: Bool[Tensor, "C chunk"]
+    ) -> Float[Tensor, "C h w D"]:
+        """Quantized vectors with those of repeats too, which the quantizer has left out: the decoder sees them beside
+        the last real streamlines, and codes are stored of them."""
+        repeats = ~self.places(real)
+        if self.quantizer is None or not repeats.any():
+            return vectors
+        if isinstance(self.quantizer, GumbelQuantizer):
+            found = mixture.mix(z[repeats], self.quantizer.codebook.vectors, self.settings.temperature)
+        else:
+            found = self.quantizer.look_up(self.quantizer.assign(z[repeats]))
+        return vectors.index_put((repeats,), found.to(vectors))
 
     def chunk_keys(self, batch: Batch) -> Int64[Tensor, " C"]:
         """A key of every chunk of every row."""
@@ -252,10 +232,10 @@ def train_losses(model: BundleModel, batch: Batch, share: Share) -> Losses:
     extra = z.new_zeros(())
     if model.quantizer is not None:
         quantized = model.quantizer(z, model.places(real), model.keys(batch.keys))
-        latents, extra = quantized.vectors, quantized.loss
+        latents, extra = model.filled(z, quantized.vectors, real), quantized.loss
         logs["quantization_error"] = share.mean(quantized.squared_error / s.code_dim, "vectors")
     elif model.gaussian is not None:
-        draw = noise.normal(share.seed, share.step, batch.keys, draws=VAE_WIDTH)
+        draw = noise.normal(share.seed, share.step, batch.keys, draws=gaussian.WIDTH)
         grid, divergence = model.gaussian(z.permute(0, 3, 1, 2), draw)
         latents = grid.permute(0, 2, 3, 1)
         # A sum over the global batch, as in the source: the mean of workers times how many there are.
@@ -347,8 +327,7 @@ def rebuilt(
 def _through(model: BundleModel, z: Float[Tensor, "C h w D"], real: Tensor, keys: Tensor) -> Float[Tensor, "C h w D"]:
     """What the decoder is given: the mixture or code vector, the mean of the VAE's 20 numbers carried back, or z."""
     if model.quantizer is not None:
-        found: Tensor = model.quantizer(z, model.places(real), model.keys(keys)).vectors
-        return found
+        return model.filled(z, model.quantizer(z, model.places(real), model.keys(keys)).vectors, real)
     if model.gaussian is not None:
         return model.gaussian(z.permute(0, 3, 1, 2), None)[0].permute(0, 2, 3, 1)
     return z
