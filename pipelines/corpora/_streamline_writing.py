@@ -38,9 +38,9 @@ def _by_nibabel(lines: Sequence[npt.NDArray[Any]], like: BinaryIO, suffix: str) 
         header = dict(kind.load(like, lazy_load=True).header)
     except (HeaderError, DataError, ValueError) as trouble:
         raise Unreadable(f"its header cannot be read: {trouble}") from None
-    # A .tck says how many streamlines it has in text of its own.
-    for key in ("count", Field.NB_STREAMLINES):
-        header.pop(key, None) if suffix == ".tck" else None
+    if suffix == ".tck":
+        # It says how many streamlines it has in text of its own.
+        header = {key: value for key, value in header.items() if key not in ("count", Field.NB_STREAMLINES)}
     file = io.BytesIO()
     kind(Tractogram([np.asarray(line, np.float32) for line in lines], affine_to_rasmm=np.eye(4)), header).save(file)
     return file.getvalue()

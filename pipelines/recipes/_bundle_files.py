@@ -12,7 +12,7 @@ from pipelines.corpora import _streamline_files as files
 from pipelines.corpora._sources import prefixes
 from pipelines.corpora._streamline_writing import as_file
 from pipelines.encode import seen_batches
-from pipelines.errors import Refused
+from pipelines.errors import Failed, Refused
 from pipelines.recipe import Batch
 from pipelines.shards import ShardReader
 
@@ -62,8 +62,13 @@ def write_decoded(
                     own.update({int(stored["index"][row][place]): lines[place].numpy() for place in kept})
     for name, own in held.items():
         source = there[name]
-        with files.opened(source.uri, source.member) as like:
-            data = as_file([own[index] for index in sorted(own)], like, PurePosixPath(name).suffix.lower())
+        try:
+            with files.opened(source.uri, source.member) as like:
+                data = as_file([own[index] for index in sorted(own)], like, PurePosixPath(name).suffix.lower())
+        except files.DAMAGE as damage:
+            raise Failed(
+                f"{source.uri} has no header to take over: {damage}; is it the file that was ingested?"
+            ) from None
         storage.write_atomic(storage.join(out, DECODED, *PurePosixPath(name).parts), data)
     return len(held)
 

@@ -15,6 +15,7 @@ from vqcore import metrics, noise, polylines
 POINTS = 32
 """To which streamlines are resampled before the nearest one is looked for."""
 THRESHOLD = 0.05
+"""Of BUAN, in scaled coordinates as in the source: not millimetres."""
 TRAIN_LINES = 200
 """Streamlines of a bundle's train chunks that the nearest one is looked for in, at most."""
 
@@ -35,8 +36,6 @@ class Coded(Protocol):
 class Decoder(Protocol):
     """As much of the model as synthesis needs."""
 
-    @property
-    def num_codes(self) -> int: ...
     @property
     def render(self) -> Any: ...
     @property

@@ -29,8 +29,6 @@ from vqcore import polylines
 
 FILES = ("bundles.html", "bundles.png", "bundles.json")
 FORMAT, VERSION = "vqray-bundles", 1
-THRESHOLD = 0.05
-"""Of BUAN, in scaled coordinates as in the source: not millimetres."""
 SHIFT = 0.5
 """Of every number of the latents, times alpha, as in the source."""
 
@@ -95,7 +93,7 @@ def write(job: ReportJob, model: BundleModel) -> dict[str, float]:
     """Make the report's files; its metrics."""
     names: list[str] = job.reader.manifest.context["bundles"]
     found = list(chunks_of(job.reader, job.split, model))
-    train = list(chunks_of(job.reader, "train", model)) if job.split != "train" else found
+    train = list(chunks_of(job.reader, "train", model))
     to_mm = float((model.millimetres(torch.ones(1)) - model.millimetres(torch.zeros(1))).item())
     sections = {
         "bundles": per_bundle(found, names, to_mm),
@@ -111,20 +109,18 @@ def write(job: ReportJob, model: BundleModel) -> dict[str, float]:
     if job.settings.source:
         numbers["files"] = float(written(job, model))
     storage.write_json_atomic(storage.join(job.out, FILES[2]), {**about, "metrics": numbers, **sections})
-    drawn = [views.Drawn(names[one.label], *_both(one, model)) for one in _largest(found)]
+    picture = views.views([views.Drawn(names[one.label], *_both(one, model)) for one in _largest(found)])
     with storage.writing(storage.join(job.out, FILES[1])) as staged:
-        views.views(drawn).savefig(staged, format="png")
-    page = pages.page_of({**about, "metrics": numbers, **sections}, views.views(drawn))
+        picture.savefig(staged, format="png")
+    page = pages.page_of({**about, "metrics": numbers, **sections}, picture)
     storage.write_atomic(storage.join(job.out, FILES[0]), page.encode("utf-8"))
     return numbers
 
 
 def refuse(job: ReportJob) -> None:
     """Raise Refused, before any work, for what cannot end well."""
-    if job.split == "all":
-        raise Refused(
-            "split=all was given; probes learn from train rows, so name the split that is asked: valid or test."
-        )
+    if job.split in ("train", "all"):
+        raise Refused(f"split={job.split} was given; probes learn from train rows, so name valid or test.")
     if job.settings.source:
         bundle_files.check_sources(job.reader, job.split, job.settings.source)
     if job.settings.written == "codes" and not job.trained.recipe.codebooks(job.trained.settings):
@@ -191,7 +187,7 @@ def per_bundle(found: list[Chunk], names: list[str], to_mm: float) -> list[dict[
 
 def _scores(pairs: list[tuple[Tensor, Tensor]], to_mm: float) -> dict[str, float]:
     """Of (true, made) streamlines of chunks."""
-    buan = torch.tensor([polylines.bundle_adjacency(true, made, THRESHOLD) for true, made in pairs]).double()
+    buan = torch.tensor([polylines.bundle_adjacency(true, made, probes.THRESHOLD) for true, made in pairs]).double()
     true, made = (torch.cat(side) for side in zip(*pairs, strict=True))
     return {
         "buan": float(buan.mean()),

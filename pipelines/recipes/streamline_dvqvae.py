@@ -32,6 +32,7 @@ from torch.optim import Adam, Optimizer
 
 from pipelines.errors import Failed, Refused
 from pipelines.recipe import Batch, Losses, Measured, Recipe, Report, ReportJob, Settings, Share, Stage
+from pipelines.recipes import _bundle_probes as probes
 from pipelines.recipes import _bundle_report as reports
 from pipelines.recipes import _bundle_views as bundle_views
 from pipelines.recipes import _dvqvae_claims as paper
@@ -41,8 +42,6 @@ from vqcore.networks.strided import FACTOR, StridedDecoder, StridedEncoder
 from vqcore.quantizers import GumbelQuantizer, VectorQuantizer
 from vqcore.reduction import resolve as reduction
 
-BUAN_THRESHOLD = 0.05
-"""In scaled coordinates, as in the source: not millimetres."""
 MEMBERS = 1 << 20
 """Of a row, for keys."""
 
@@ -103,7 +102,7 @@ def resolve(settings: StreamlineSettings, columns: dict[str, Any]) -> Streamline
     return settings.model_copy(update={"row_chunk": row_chunk, "num_points": num_points})
 
 
-class BundleModel(nn.Module):
+class BundleAutoencoder(nn.Module):
     """Encoder, one of five bottlenecks, decoder. A chunk is a picture of streamlines x points in three channels."""
 
     def __init__(self, s: StreamlineSettings):
@@ -216,14 +215,14 @@ def _quantizer(s: StreamlineSettings) -> VectorQuantizer | GumbelQuantizer | Non
     return made
 
 
-def counts(model: BundleModel, batch: Batch) -> dict[str, int]:
+def counts(model: BundleAutoencoder, batch: Batch) -> dict[str, int]:
     """Chunks, their real streamlines, and positions of the grid that have one."""
     real = (batch.columns["real"] & batch.mask.unsqueeze(1)).sum(1).clamp(max=model.settings.chunk)
     vectors = (real + FACTOR - 1) // FACTOR * model.grid[1]
     return {"rows": int(batch.mask.sum()), "streamlines": int(real.sum()), "vectors": int(vectors.sum())}
 
 
-def train_losses(model: BundleModel, batch: Batch, share: Share) -> Losses:
+def train_losses(model: BundleAutoencoder, batch: Batch, share: Share) -> Losses:
     """Mean (x - decoded)^2 over real streamlines, and what the bottleneck adds: nothing with gumbel and ae."""
     s = model.settings
     points, real = model.drawn(batch, share)
@@ -247,7 +246,7 @@ def train_losses(model: BundleModel, batch: Batch, share: Share) -> Losses:
     return Losses({"model": reconstruction + extra}, {"reconstruction": reconstruction.detach(), **logs})
 
 
-def seed(model: BundleModel, batches: Iterable[Batch]) -> str:
+def seed(model: BundleAutoencoder, batches: Iterable[Batch]) -> str:
     """The scale, from all train rows. Codes begin as the source's do, at random.
 
     Raises:
@@ -271,7 +270,7 @@ def seed(model: BundleModel, batches: Iterable[Batch]) -> str:
     return f"coordinates of the train rows, {float(low):.1f} to {float(high):.1f} mm, are scaled to -1 to 1"
 
 
-def fitted(model: BundleModel) -> dict[str, float]:
+def fitted(model: BundleAutoencoder) -> dict[str, float]:
     low, high = model.extent.tolist()
     return {"lowest_mm": low, "highest_mm": high}
 
@@ -280,8 +279,8 @@ def optimiser(s: StreamlineSettings, group: str, parameters: list[nn.Parameter])
     return Adam(parameters, lr=s.learning_rate)
 
 
-def build(settings: StreamlineSettings, previous: nn.Module | None) -> BundleModel:
-    return BundleModel(settings)
+def build(settings: StreamlineSettings, previous: nn.Module | None) -> BundleAutoencoder:
+    return BundleAutoencoder(settings)
 
 
 def stages(s: StreamlineSettings) -> tuple[Stage, ...]:
@@ -292,7 +291,7 @@ def codebooks(s: StreamlineSettings) -> list[tuple[int, int]]:
     return [] if s.bottleneck in ("ae", "vae") else [(s.num_codes, s.code_dim)]
 
 
-def encode(model: BundleModel, batch: Batch) -> Int64[Tensor, "B chunks h w"]:
+def encode(model: BundleAutoencoder, batch: Batch) -> Int64[Tensor, "B chunks h w"]:
     """The code of each position of each chunk's grid; -1 where a chunk has no real streamline."""
     points, real = model.all_chunks(batch)
     held = real.any(1)
@@ -300,7 +299,7 @@ def encode(model: BundleModel, batch: Batch) -> Int64[Tensor, "B chunks h w"]:
     return model.spread(_coded(model).assign(model.latents(points[held])), held)
 
 
-def decode(model: BundleModel, codes: Int64[Tensor, "B chunks h w"]) -> dict[str, Tensor]:
+def decode(model: BundleAutoencoder, codes: Int64[Tensor, "B chunks h w"]) -> dict[str, Tensor]:
     """Points in mm, [B, row_chunk, n, 3], and which streamlines there are: those of chunks that have codes."""
     s, book = model.settings, _coded(model)
     flat = codes.flatten(0, 1)
@@ -311,20 +310,25 @@ def decode(model: BundleModel, codes: Int64[Tensor, "B chunks h w"]) -> dict[str
     return {"points": points.unflatten(0, (-1, model.chunks)).flatten(1, 2), "real": real}
 
 
-def _coded(model: BundleModel) -> VectorQuantizer | GumbelQuantizer:
+def _coded(model: BundleAutoencoder) -> VectorQuantizer | GumbelQuantizer:
     if model.quantizer is None:
         raise Failed(f"bottleneck={model.settings.bottleneck} has no codes.")
     return model.quantizer
 
 
 def rebuilt(
-    model: BundleModel, points: Float[Tensor, "C chunk n 3"], real: Bool[Tensor, "C chunk"], keys: Int64[Tensor, " C"]
+    model: BundleAutoencoder,
+    points: Float[Tensor, "C chunk n 3"],
+    real: Bool[Tensor, "C chunk"],
+    keys: Int64[Tensor, " C"],
 ) -> Float[Tensor, "C chunk n 3"]:
     """Scaled chunks through the bottleneck and back, as evaluation does."""
     return model.render(_through(model, model.latents(points), real, keys))
 
 
-def _through(model: BundleModel, z: Float[Tensor, "C h w D"], real: Tensor, keys: Tensor) -> Float[Tensor, "C h w D"]:
+def _through(
+    model: BundleAutoencoder, z: Float[Tensor, "C h w D"], real: Tensor, keys: Tensor
+) -> Float[Tensor, "C h w D"]:
     """What the decoder is given: the mixture or code vector, the mean of the VAE's 20 numbers carried back, or z."""
     if model.quantizer is not None:
         return model.filled(z, model.quantizer(z, model.places(real), model.keys(keys)).vectors, real)
@@ -333,28 +337,29 @@ def _through(model: BundleModel, z: Float[Tensor, "C h w D"], real: Tensor, keys
     return z
 
 
-def measure(model: BundleModel, batch: Batch) -> Measured:
+def measure(model: BundleAutoencoder, batch: Batch) -> Measured:
     points, real = model.all_chunks(batch)
     held = real.any(1)
     points, real, codes = points[held], real[held], model.spread(torch.zeros(0, *model.grid), torch.zeros_like(held))
     z, found = model.latents(points), {"streamlines": real.sum().double(), "chunks": held.sum().double()}
     if model.quantizer is not None:
-        codes = model.spread(model.quantizer.assign(z, model.places(real)), held)
-        stored = model.render(model.quantizer.look_up(model.quantizer.assign(z)))
+        nearest = model.quantizer.assign(z)
+        codes = model.spread(nearest.masked_fill(~model.places(real), -1), held)
+        stored = model.render(model.quantizer.look_up(nearest))
         found |= {f"{name}_of_codes": value for name, value in _likeness(model, stored, points, real).items()}
     made = model.render(_through(model, z, real, model.chunk_keys(batch)[held]))
     return Measured(codes, {**found, **_likeness(model, made, points, real)})
 
 
 def _likeness(
-    model: BundleModel, made: Tensor, points: Float[Tensor, "C chunk n 3"], real: Bool[Tensor, "C chunk"]
+    model: BundleAutoencoder, made: Tensor, points: Float[Tensor, "C chunk n 3"], real: Bool[Tensor, "C chunk"]
 ) -> dict[str, Tensor]:
     """Sums over real streamlines (MSE a number, squared mm, MDF in mm) and over chunks with one (BUAN)."""
     squared = (made - points).square().flatten(2).mean(2)[real].double()
     to_mm = float(model.extent[1] - model.extent[0]) / 2
     apart = polylines.mdf(made[real], points[real]).double() * to_mm
     alike = [
-        polylines.bundle_adjacency(points[chunk][kept], made[chunk][kept], BUAN_THRESHOLD)
+        polylines.bundle_adjacency(points[chunk][kept], made[chunk][kept], probes.THRESHOLD)
         for chunk, kept in enumerate(real)
     ]
     return {
@@ -379,7 +384,7 @@ def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
     return found
 
 
-def pictures(model: BundleModel, batch: Batch) -> dict[str, Figure]:
+def pictures(model: BundleAutoencoder, batch: Batch) -> dict[str, Figure]:
     """The largest chunks of these rows, from three sides."""
     points, real = model.all_chunks(batch)
     largest = real.sum(1).argsort(descending=True, stable=True)[: bundle_views.MOST_BUNDLES]
@@ -392,7 +397,7 @@ def pictures(model: BundleModel, batch: Batch) -> dict[str, Figure]:
     return {"bundles": bundle_views.views(drawn)}
 
 
-def bundle_model(model: BundleModel) -> reports.BundleModel:
+def bundle_model(model: BundleAutoencoder) -> reports.BundleModel:
     """The model as its report sees it: chunks that hold something, and what becomes of them."""
 
     def chunks(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

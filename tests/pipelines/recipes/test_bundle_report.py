@@ -13,7 +13,7 @@ from pipelines.recipes import _bundle_probes as probes
 from pipelines.recipes import _bundle_report as reports
 from pipelines.recipes import streamline_dvqvae as dvqvae
 from pipelines.recipes._bundle_report import Chunk
-from pipelines.recipes.streamline_dvqvae import BundleModel, StreamlineSettings
+from pipelines.recipes.streamline_dvqvae import BundleAutoencoder, StreamlineSettings
 from pipelines.shards import ShardReader
 from tests.pipelines.bundle_shards import BUNDLES, CHUNK, POINTS, make_bundle_shards
 from tests.pipelines.loops import TINY
@@ -27,10 +27,10 @@ def shards(tmp_path_factory) -> str:
     return make_bundle_shards(tmp_path_factory.mktemp("shards"))
 
 
-def model_of(**changes) -> BundleModel:
+def model_of(**changes) -> BundleAutoencoder:
     torch.manual_seed(0)
     settings = StreamlineSettings(**{**TINY[NAME], **changes})
-    model = BundleModel(dvqvae.resolve(settings, {"points": [CHUNK, POINTS, 3], "real": [CHUNK]})).eval()
+    model = BundleAutoencoder(dvqvae.resolve(settings, {"points": [CHUNK, POINTS, 3], "real": [CHUNK]})).eval()
     model.extent.copy_(torch.tensor([-60.0, 100.0]))
     return model
 
@@ -62,7 +62,7 @@ def test_every_question_is_answered_on_the_split_asked_for(shards, tmp_path, bot
     assert (tmp_path / "bundles.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def _measured(model: BundleModel, shards: str) -> dict[str, torch.Tensor]:
+def _measured(model: BundleAutoencoder, shards: str) -> dict[str, torch.Tensor]:
     sums: dict[str, torch.Tensor] = {}
     from pipelines.encode import seen_batches
 
@@ -133,7 +133,8 @@ def test_a_shift_of_what_does_not_listen_moves_nothing():
     assert rows[0]["bending"] == pytest.approx(float(polylines.bending(chunk(1, 0).points).mean()))
 
 
-def test_all_splits_at_once_are_refused(shards, tmp_path):
-    with pytest.raises(Refused, match="split=all was given"):
-        reports.refuse(job_of(shards, tmp_path, split="all"))
+@pytest.mark.parametrize("split", ["train", "all"])
+def test_rows_that_probes_learned_from_are_refused(split, shards, tmp_path):
+    with pytest.raises(Refused, match=f"split={split} was given"):
+        reports.refuse(job_of(shards, tmp_path, split=split))
     reports.refuse(job_of(shards, tmp_path))

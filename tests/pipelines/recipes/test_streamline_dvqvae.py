@@ -11,7 +11,7 @@ from pipelines.evaluate import measure
 from pipelines.feed import Feed
 from pipelines.recipe import Batch, Share
 from pipelines.recipes import streamline_dvqvae as dvqvae
-from pipelines.recipes.streamline_dvqvae import BundleModel, StreamlineSettings
+from pipelines.recipes.streamline_dvqvae import BundleAutoencoder, StreamlineSettings
 from pipelines.shards import ShardReader
 from pipelines.trained import Trained
 from tests.pipelines.bundle_shards import CHUNK, POINTS, make_bundle_shards
@@ -31,10 +31,10 @@ def shards(tmp_path_factory) -> str:
     return make_bundle_shards(tmp_path_factory.mktemp("shards"))
 
 
-def model_of(**changes) -> BundleModel:
+def model_of(**changes) -> BundleAutoencoder:
     given = {**TINY[NAME], **changes}
     torch.manual_seed(0)
-    return BundleModel(dvqvae.resolve(StreamlineSettings(**given), COLUMNS))
+    return BundleAutoencoder(dvqvae.resolve(StreamlineSettings(**given), COLUMNS))
 
 
 def batch(rows: int = 3, held: int = CHUNK, row: int = 0) -> Batch:
@@ -49,7 +49,7 @@ def batch(rows: int = 3, held: int = CHUNK, row: int = 0) -> Batch:
 @pytest.mark.parametrize(("bottleneck", "parameters"), [("ae", 662_083), ("vq", 694_851), ("gumbel", 694_851)])
 def test_parameters_are_the_papers(bottleneck, parameters):
     settings = dvqvae.resolve(StreamlineSettings(bottleneck=bottleneck), {"points": [64, 64, 3], "real": [64]})
-    model = BundleModel(settings)
+    model = BundleAutoencoder(settings)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert model.grid == (16, 16)
 
@@ -117,9 +117,9 @@ def test_chunks_are_drawn_anew_each_step_from_the_rows_own_streamlines(held):
 
 def test_training_tells_the_recipe_its_step_and_seed(shards, tmp_path, monkeypatch):
     seen = []
-    plain = BundleModel.drawn
+    plain = BundleAutoencoder.drawn
     monkeypatch.setattr(
-        BundleModel,
+        BundleAutoencoder,
         "drawn",
         lambda self, batch, share: seen.append((share.step, share.seed)) or plain(self, batch, share),
     )
