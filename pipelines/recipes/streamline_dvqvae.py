@@ -57,6 +57,9 @@ class StreamlineSettings(Settings):
     noise_in_eval: bool = Field(False, description="Gumbel noise in evaluation too, as in the source")
     commitment_weight: float = Field(0.25, ge=0, description="with vq and vq_ema")
     decay: float = Field(0.99, ge=0, lt=1, description="with vq_ema")
+    revive_below: float = Field(
+        0.0, ge=0, description="with vq and vq_ema: count under which a code is drawn anew; 0, as in the source: never"
+    )
     kl_weight: float = Field(1e-7, ge=0, description="with vae, of the sum over chunks and dimensions")
 
     chunk: int = Field(64, ge=4, multiple_of=FACTOR, description="streamlines that the network sees together")
@@ -196,22 +199,28 @@ class BundleAutoencoder(nn.Module):
 
 
 def _quantizer(s: StreamlineSettings) -> VectorQuantizer | GumbelQuantizer | None:
+    """The first codes are drawn as a layer's first weights are, so that they follow the run's seed."""
+    made: VectorQuantizer | GumbelQuantizer
     if s.bottleneck == "gumbel":
-        return GumbelQuantizer(
+        made = GumbelQuantizer(
+            s.num_codes, s.code_dim, temperature=s.temperature, init_std=s.init_std, noise_in_eval=s.noise_in_eval
+        )
+        first = s.init_std * torch.randn(s.num_codes, s.code_dim)
+    elif s.bottleneck in ("vq", "vq_ema"):
+        decay = s.decay if s.bottleneck == "vq_ema" else None
+        made = VectorQuantizer(
             s.num_codes,
             s.code_dim,
-            temperature=s.temperature,
-            init_std=s.init_std,
-            noise_in_eval=s.noise_in_eval,
+            decay=decay,
+            commitment_weight=s.commitment_weight,
+            revive_below=s.revive_below,
         )
-    if s.bottleneck not in ("vq", "vq_ema"):
+        shape = (s.num_codes, s.code_dim)
+        # The source's starts: U(-1/K, 1/K) where codes learn by gradient, N(0, 1) where they are means.
+        first = torch.randn(shape) if decay is not None else (2 * torch.rand(shape) - 1) / s.num_codes
+    else:
         return None
-    decay = s.decay if s.bottleneck == "vq_ema" else None
-    made = VectorQuantizer(s.num_codes, s.code_dim, decay=decay, commitment_weight=s.commitment_weight)
-    if decay is None:
-        # The source's start: U(-1/K, 1/K).
-        draws = noise.shared_uniform(0, 0, s.num_codes * s.code_dim).view(s.num_codes, s.code_dim)
-        made.codebook.set_vectors(((2 * draws - 1) / s.num_codes).float())
+    made.codebook.set_vectors(first)
     return made
 
 

@@ -54,6 +54,20 @@ def test_parameters_are_the_papers(bottleneck, parameters):
     assert model.grid == (16, 16)
 
 
+@pytest.mark.parametrize(("bottleneck", "spread"), [("gumbel", 3.0), ("vq_ema", 1.0), ("vq", 1 / 16 / 3**0.5)])
+def test_first_codes_are_the_sources_and_follow_the_runs_seed(bottleneck, spread):
+    def codes(seed):
+        torch.manual_seed(seed)
+        given = {**TINY[NAME], "bottleneck": bottleneck, "init_std": 3.0, "num_codes": 16, "code_dim": 64}
+        return BundleAutoencoder(
+            dvqvae.resolve(StreamlineSettings(**given), COLUMNS)
+        ).quantizer.codebook.vectors.detach()
+
+    assert codes(0).std().item() == pytest.approx(spread, rel=0.1)
+    assert torch.equal(codes(0), codes(0))
+    assert not torch.equal(codes(0), codes(1))
+
+
 def test_the_loss_is_the_squared_error_of_real_streamlines_and_with_gumbel_nothing_else():
     model = model_of(chunk=CHUNK).train()
     some = batch(held=5)
