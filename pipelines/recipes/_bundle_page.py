@@ -24,7 +24,14 @@ def page_of(report: Found, picture: Figure) -> str:
         "split": str(report["split"]),
     }
     about = f"{report['what']}; bundle {report['bundle'][:12]}, shards {report['shards'][:12]}."
-    sections = [_views(picture), _bundles(report), _recognition(report), _synthesis(report), _shift(report)]
+    sections = [
+        _views(picture),
+        _bundles(report),
+        *_rate(report),
+        _recognition(report),
+        _synthesis(report),
+        _shift(report),
+    ]
     return charts.page("Bundles", about, facts, sections)
 
 
@@ -52,6 +59,21 @@ def _bundles(report: Found) -> str:
         rows.append(row)
     text = "Worst first. BUAN at 0.05 of coordinates scaled to -1 to 1. Codes alone: decoded from one code a position."
     return charts.section("Bundles", text, table("Means over chunks", columns, rows))
+
+
+def _rate(report: Found) -> list[str]:
+    if not report["rate"]:
+        return []
+    rows = [
+        [f"{one['draws']:,}", f"{one['bits']:,.0f}", charts.shown(one["buan"]), charts.shown(one["mdf_mm"], 2)]
+        for one in report["rate"]
+    ]
+    text = (
+        "The decoder is given a mean of all codes by their shares. Here it is given the mean of so many codes, those by"
+        " which the shares are told best: one is the nearest code alone."
+    )
+    columns = ["codes a position", "bits a streamline", "BUAN", "MDF (mm)"]
+    return [charts.section("What a mixture costs", text, table("By how many codes are kept", columns, rows))]
 
 
 def _recognition(report: Found) -> str:

@@ -7,15 +7,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from pipelines.recipes._bundle_scores import THRESHOLD
 from vqcore import metrics, noise, polylines
 
 POINTS = 32
 """To which streamlines are resampled before the nearest one is looked for."""
-THRESHOLD = 0.05
-"""Of BUAN, in scaled coordinates as in the source: not millimetres."""
 TRAIN_LINES = 200
 """Streamlines of a bundle's train chunks that the nearest one is looked for in, at most."""
 
@@ -31,6 +30,10 @@ class Coded(Protocol):
     def codes(self) -> Int64[Tensor, "h w"] | None: ...
     @property
     def latents(self) -> Float[Tensor, "h w D"]: ...
+    @property
+    def real(self) -> Bool[Tensor, " S"]: ...
+    @property
+    def places(self) -> Bool[Tensor, "h w"]: ...
 
 
 class Decoder(Protocol):
@@ -40,6 +43,8 @@ class Decoder(Protocol):
     def render(self) -> Any: ...
     @property
     def look_up(self) -> Any: ...
+    @property
+    def coded_lines(self) -> Any: ...
 
 
 def recognition(train: Sequence[Coded], test: Sequence[Coded], num_codes: int) -> dict[str, Any]:
@@ -50,7 +55,7 @@ def recognition(train: Sequence[Coded], test: Sequence[Coded], num_codes: int) -
     asked = np.isin(there, seen)
     found: dict[str, float] = {"chance": float(np.mean(there[asked] == np.bincount(here).argmax()))}
     features = {
-        "latents": [np.stack([one.latents.flatten(0, 1).mean(0).numpy() for one in side]) for side in (train, test)]
+        "latents": [np.stack([one.latents[one.places].mean(0).numpy() for one in side]) for side in (train, test)]
     }
     if train[0].codes is not None:
         features["codes"] = [np.stack([_histogram(one, num_codes) for one in side]) for side in (train, test)]
@@ -64,7 +69,7 @@ def recognition(train: Sequence[Coded], test: Sequence[Coded], num_codes: int) -
 
 def _histogram(chunk: Coded, num_codes: int) -> npt.NDArray[np.float64]:
     assert chunk.codes is not None
-    counts: npt.NDArray[np.float64] = metrics.counts_of(chunk.codes, num_codes).double().sqrt().numpy()
+    counts: npt.NDArray[np.float64] = metrics.counts_of(chunk.codes[chunk.places], num_codes).double().sqrt().numpy()
     return counts
 
 
@@ -106,9 +111,10 @@ def _votes(train: Sequence[Coded], test: Sequence[Coded]) -> npt.NDArray[np.int6
 def synthesis(
     train: Sequence[Coded], test: Sequence[Coded], model: Decoder, count: int, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """New chunks of each bundle: halfway between the latents of two test chunks, and codes drawn at each position from
-    those of the bundle's train chunks. Judged by BUAN to the nearest train chunk of the bundle, and by how far mean
-    length and bending are from the bundle's (as a share of them). `real` is the same of test chunks themselves."""
+    """New chunks of each bundle: halfway between the latents of two test chunks, where both have streamlines, and codes
+    drawn at each position from those of the bundle's train chunks. Judged by BUAN to the nearest train chunk of the
+    bundle, and by how far mean length and bending are from the bundle's (as a share of them). `real` is the same of
+    test chunks themselves."""
     known = _by_bundle(train)
     made: dict[str, list[tuple[int, Tensor]]] = {"real": [], "interpolated": [], "drawn": []}
     for label, own in _by_bundle(test).items():
@@ -116,11 +122,13 @@ def synthesis(
             continue
         made["real"] += [(label, one.lines) for one in own[:count]]
         for one, other in list(pairwise(own))[:count]:
-            made["interpolated"].append((label, _rendered(model, (one.latents + other.latents) / 2)))
+            both = one.real & other.real
+            made["interpolated"].append((label, _rendered(model, (one.latents + other.latents) / 2, both)))
         if model.look_up is not None and known[label][0].codes is not None:
             for number in range(count):
                 codes = _drawn(known[label], seed + 1000 * label + number)
-                made["drawn"].append((label, _rendered(model, model.look_up(codes))))
+                there = model.coded_lines(codes.unsqueeze(0))[0]
+                made["drawn"].append((label, _rendered(model, model.look_up(codes), there)))
     return {name: _judged(chunks, known) for name, chunks in made.items() if chunks}
 
 
@@ -131,17 +139,20 @@ def _by_bundle(chunks: Sequence[Coded]) -> dict[int, list[Coded]]:
     return found
 
 
-def _rendered(model: Decoder, latents: Tensor) -> Float[Tensor, "S n 3"]:
+def _rendered(model: Decoder, latents: Tensor, real: Bool[Tensor, " S"]) -> Float[Tensor, "R n 3"]:
     with torch.inference_mode():
-        made: Tensor = model.render(latents.unsqueeze(0))[0]
+        made: Tensor = model.render(latents.unsqueeze(0), real.unsqueeze(0))[0][real]
     return made
 
 
 def _drawn(chunks: Sequence[Coded], seed: int) -> Int64[Tensor, "h w"]:
-    """At each position the code that one of the chunks has there, drawn alike."""
+    """At each position the code that one of the chunks has there, drawn alike; -1 where none has one."""
     every = torch.stack([one.codes for one in chunks if one.codes is not None])
     draws = noise.shared_uniform(seed, 0, every[0].numel()).view(every.shape[1:])
-    return every.gather(0, (draws * len(every)).long().unsqueeze(0))[0]
+    held = every != -1
+    first = (~held).byte().argsort(dim=0, stable=True)
+    chosen = first.gather(0, (draws * held.sum(0)).long().unsqueeze(0))
+    return every.gather(0, chosen)[0]
 
 
 def _judged(chunks: Sequence[tuple[int, Tensor]], known: Mapping[int, Sequence[Coded]]) -> dict[str, Any]:

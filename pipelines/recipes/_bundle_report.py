@@ -23,6 +23,7 @@ from pipelines.recipe import Batch, ReportJob
 from pipelines.recipes import _bundle_files as bundle_files
 from pipelines.recipes import _bundle_page as pages
 from pipelines.recipes import _bundle_probes as probes
+from pipelines.recipes import _bundle_scores as scores
 from pipelines.recipes import _bundle_views as views
 from pipelines.shards import ShardReader
 from vqcore import polylines
@@ -62,10 +63,17 @@ class BundleModel:
     """The row of the batch that each of these comes from."""
     latents: Callable[[Tensor, Tensor, Tensor], Tensor]
     """(points, real, keys) -> what the decoder is given."""
-    render: Callable[[Tensor], Tensor]
-    codes: Callable[[Tensor], Tensor] | None
-    """points -> codes [C, h, w]; None without a codebook."""
+    render: Callable[[Tensor, Tensor], Tensor]
+    """(latents, real) -> points."""
+    places: Callable[[Tensor], Tensor]
+    """real -> positions [C, h, w] with a real streamline."""
+    codes: Callable[[Tensor, Tensor], Tensor] | None
+    """(points, real) -> codes [C, h, w], all that decoding needs; None without a codebook."""
+    coded_lines: Callable[[Tensor], Tensor]
+    """codes -> which streamlines they are of."""
     look_up: Callable[[Tensor], Tensor] | None
+    apportioned: Callable[[Tensor, Tensor, int], Tensor] | None
+    """(points, real, draws) -> latents as that many codes a position tell them; None where there is no mixture."""
     num_codes: int
     millimetres: Callable[[Tensor], Tensor]
     what: str
@@ -80,6 +88,8 @@ class Chunk:
     real: Bool[Tensor, " S"]
     latents: Float[Tensor, "h w D"]
     made: Float[Tensor, "S n 3"]
+    places: Bool[Tensor, "h w"]
+    """With a real streamline."""
     codes: Int64[Tensor, "h w"] | None
     of_codes: Float[Tensor, "S n 3"] | None
     """What the codes alone decode to."""
@@ -96,7 +106,8 @@ def write(job: ReportJob, model: BundleModel) -> dict[str, float]:
     train = list(chunks_of(job.reader, "train", model))
     to_mm = float((model.millimetres(torch.ones(1)) - model.millimetres(torch.zeros(1))).item())
     sections = {
-        "bundles": per_bundle(found, names, to_mm),
+        "bundles": scores.per_bundle(found, names, to_mm),
+        "rate": [] if model.apportioned is None else scores.rate(found, model.apportioned, model, to_mm),
         "shift": shifted(found[:: max(1, len(found) // job.settings.shifted)][: job.settings.shifted], model),
         "recognition": probes.recognition(train, found, model.num_codes),
         "synthesis": probes.synthesis(train, found, model, job.settings.synthesised, job.settings.seed),
@@ -136,9 +147,9 @@ def written(job: ReportJob, model: BundleModel) -> int:
     def decoded(batch: Batch) -> Iterator[tuple[int, Tensor]]:
         points, real, keys = model.chunks(batch)
         if alone and model.codes is not None and model.look_up is not None:
-            made = model.render(model.look_up(model.codes(points)))
+            made = model.render(model.look_up(model.codes(points, real)), real)
         else:
-            made = model.render(model.latents(points, real, keys))
+            made = model.render(model.latents(points, real, keys), real)
         rows = model.rows(batch)
         for row in rows.unique().tolist():
             # Chunks of a row that hold nothing come last, and are not among these.
@@ -154,9 +165,10 @@ def chunks_of(reader: ShardReader, split: str, model: BundleModel) -> Iterator[C
             with torch.inference_mode():
                 points, real, keys = model.chunks(batch)
                 latents = model.latents(points, real, keys)
-                made = model.render(latents)
-                codes = None if model.codes is None else model.codes(points)
-                stored = None if model.look_up is None or codes is None else model.render(model.look_up(codes))
+                made = model.render(latents, real)
+                codes = None if model.codes is None else model.codes(points, real)
+                stored = None if model.look_up is None or codes is None else model.render(model.look_up(codes), real)
+                places = model.places(real)
             labels = batch.columns["label"][model.rows(batch)].tolist()
             for place, label in enumerate(labels):
                 yield Chunk(
@@ -165,36 +177,10 @@ def chunks_of(reader: ShardReader, split: str, model: BundleModel) -> Iterator[C
                     real[place],
                     latents[place],
                     made[place],
+                    places[place],
                     None if codes is None else codes[place],
                     None if stored is None else stored[place],
                 )
-
-
-def per_bundle(found: list[Chunk], names: list[str], to_mm: float) -> list[dict[str, Any]]:
-    """Means over the chunks of each bundle, and over all: BUAN with its deviation, MDF in mm, root mean square mm."""
-    rows = []
-    for label, name in [*enumerate(names), (None, "all")]:
-        own = [one for one in found if label in (None, one.label)]
-        if own:
-            scores = _scores([(one.lines, one.made[one.real]) for one in own], to_mm)
-            coded = [(one.lines, one.of_codes[one.real]) for one in own if one.of_codes is not None]
-            if coded:
-                scores |= {f"{key}_of_codes": value for key, value in _scores(coded, to_mm).items()}
-            count = sum(len(one.lines) for one in own)
-            rows.append({"bundle": name, "chunks": len(own), "streamlines": count, **scores})
-    return rows
-
-
-def _scores(pairs: list[tuple[Tensor, Tensor]], to_mm: float) -> dict[str, float]:
-    """Of (true, made) streamlines of chunks."""
-    buan = torch.tensor([polylines.bundle_adjacency(true, made, probes.THRESHOLD) for true, made in pairs]).double()
-    true, made = (torch.cat(side) for side in zip(*pairs, strict=True))
-    return {
-        "buan": float(buan.mean()),
-        "buan_deviation": float(buan.std(unbiased=False)),
-        "mdf_mm": float(polylines.mdf(made, true).double().mean()) * to_mm,
-        "rmse_mm": float((made - true).double().square().mean().sqrt()) * to_mm,
-    }
 
 
 def shifted(found: list[Chunk], model: BundleModel) -> list[dict[str, float]]:
@@ -204,7 +190,7 @@ def shifted(found: list[Chunk], model: BundleModel) -> list[dict[str, float]]:
         moved, bent = [], []
         for one in found:
             with torch.inference_mode():
-                made = model.render(one.latents.unsqueeze(0) + alpha * SHIFT)[0][one.real]
+                made = model.render(one.latents.unsqueeze(0) + alpha * SHIFT, one.real.unsqueeze(0))[0][one.real]
             moved.append((made - one.made[one.real]).norm(dim=-1).mean())
             bent.append(polylines.bending(made).mean())
         rows.append(
@@ -223,6 +209,7 @@ def metrics_of(sections: Mapping[str, Any]) -> dict[str, float]:
         f"shift_{key}": float(np.mean([sections["shift"][n][key] for n in (0, -1)])) for key in ("moved", "bending")
     }
     numbers |= {f"recognised_by_{name}": value for name, value in sections["recognition"]["accuracy"].items()}
+    numbers |= {f"buan_of_{one['draws']}_codes": one["buan"] for one in sections["rate"]}
     for name, one in sections["synthesis"].items():
         numbers |= {f"{name}_{key}": value for key, value in one.items() if isinstance(value, float)}
     return numbers

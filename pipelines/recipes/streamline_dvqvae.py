@@ -7,7 +7,8 @@ Run:   vqray ingest --corpus streamlines --source bundles/ --out shards --set ro
        vqray report --bundle runs/bundles --shards shards --out bundles-report
 
 `--set bottleneck=ae|vae|vq|vq_ema|gumbel` are the source's five models: encoder and decoder are the same. AE and VAE
-have no codes, so there is nothing to encode with them.
+have no codes, so there is nothing to encode with them. `--set network=set` is ours: the streamlines of a chunk as a
+set, each seen beside the mean of all, with as many codes a chunk as the source's grid of 4 x 4 places.
 
 Where the source says nothing, or is not followed by default:
 - Its preprocessing is not published. Here rows are chunks of the corpus (`chunk` of the ingest); where they are larger
@@ -19,6 +20,7 @@ Where the source says nothing, or is not followed by default:
 - EMA smooths what it reads out, not the kept counts; VQ's loss is the codebook's and 0.25 of the commitment, as there.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -32,21 +34,26 @@ from torch.optim import Adam, Optimizer
 
 from pipelines.errors import Failed, Refused
 from pipelines.recipe import Batch, Losses, Measured, Recipe, Report, ReportJob, Settings, Share, Stage
-from pipelines.recipes import _bundle_probes as probes
+from pipelines.recipes import _bundle_chunks as chunking
 from pipelines.recipes import _bundle_report as reports
+from pipelines.recipes import _bundle_scores as scores
 from pipelines.recipes import _bundle_views as bundle_views
 from pipelines.recipes import _dvqvae_claims as paper
-from vqcore import losses, mixture, noise, polylines
+from vqcore import losses, mixture, noise
 from vqcore.networks import gaussian
+from vqcore.networks.line_sets import PIECE, SetDecoder, SetEncoder
 from vqcore.networks.strided import FACTOR, StridedDecoder, StridedEncoder
 from vqcore.quantizers import GumbelQuantizer, VectorQuantizer
 from vqcore.reduction import resolve as reduction
 
-MEMBERS = 1 << 20
-"""Of a row, for keys."""
+FACTORS = {"grid": (FACTOR, FACTOR), "set": (1, PIECE)}
+"""Network -> streamlines and points that become one position."""
 
 
 class StreamlineSettings(Settings):
+    network: Literal["grid", "set"] = Field(
+        "grid", description="grid is the paper's; set is ours: streamlines without an order, four times as cheap"
+    )
     bottleneck: Literal["ae", "vae", "vq", "vq_ema", "gumbel"] = Field(
         "gumbel", description="gumbel is the paper's; vq learns codes by gradient, vq_ema by moving averages"
     )
@@ -95,18 +102,26 @@ def resolve(settings: StreamlineSettings, columns: dict[str, Any]) -> Streamline
             f"chunk={settings.chunk} does not divide the {row_chunk} streamlines of a row; give a divisor that is a"
             f" multiple of {FACTOR}, or ingest with --set chunk={settings.chunk * 8}."
         )
-    factor = FACTOR * (gaussian.FACTOR if settings.bottleneck == "vae" else 1)
-    for name, size in (("num_points", num_points), ("chunk", settings.chunk)):
+    if settings.network == "set" and settings.bottleneck == "vae":
+        raise Refused(
+            "network=set keeps no order of streamlines, and bottleneck=vae is made of one: give network=grid, or"
+            " bottleneck=ae, vq, vq_ema or gumbel."
+        )
+    across, along = FACTORS[settings.network]
+    more = gaussian.FACTOR if settings.bottleneck == "vae" else 1
+    for name, size, factor in (("num_points", num_points, along * more), ("chunk", settings.chunk, across * more)):
         if size % factor:
             raise Refused(
-                f"{name}={size} is no multiple of {factor}, which bottleneck={settings.bottleneck} needs:"
+                f"{name}={size} is no multiple of {factor}, which network={settings.network} with"
+                f" bottleneck={settings.bottleneck} needs:"
                 f" {size // factor * factor or factor} and {(size // factor + 1) * factor} are the nearest."
             )
     return settings.model_copy(update={"row_chunk": row_chunk, "num_points": num_points})
 
 
 class BundleAutoencoder(nn.Module):
-    """Encoder, one of five bottlenecks, decoder. A chunk is a picture of streamlines x points in three channels."""
+    """Encoder, one of five bottlenecks, decoder. To the paper's network a chunk is a picture of streamlines x points in
+    three channels; to ours it is a set of streamlines."""
 
     def __init__(self, s: StreamlineSettings):
         super().__init__()
@@ -114,14 +129,26 @@ class BundleAutoencoder(nn.Module):
             raise ValueError("the rows' shape is not known: resolve the settings against a manifest first")
         self.settings = s
         self.chunks = s.row_chunk // s.chunk
-        self.grid = (s.chunk // FACTOR, s.num_points // FACTOR)
-        self.encoder = StridedEncoder(3, s.width, s.residual_width, s.residual_layers, s.code_dim)
-        self.decoder = StridedDecoder(s.code_dim, s.width, s.residual_width, s.residual_layers, 3)
+        self.across, along = FACTORS[s.network]
+        self.grid = (s.chunk // self.across, s.num_points // along)
+        self.encoder: SetEncoder | StridedEncoder
+        self.decoder: SetDecoder | StridedDecoder
+        if s.network == "set":
+            self.encoder = SetEncoder(s.width, s.residual_width, s.residual_layers, s.code_dim)
+            self.decoder = SetDecoder(s.code_dim, s.width, s.residual_width, s.residual_layers)
+        else:
+            self.encoder = StridedEncoder(3, s.width, s.residual_width, s.residual_layers, s.code_dim)
+            self.decoder = StridedDecoder(s.code_dim, s.width, s.residual_width, s.residual_layers, 3)
         self.quantizer = _quantizer(s)
         self.gaussian = gaussian.GaussianBottleneck(s.code_dim, self.grid) if s.bottleneck == "vae" else None
         self.extent: Tensor
         self.register_buffer("extent", torch.tensor([-1.0, 1.0]))
         """Smallest and largest coordinate of the train rows, mm."""
+
+    @property
+    def sees_repeats(self) -> bool:
+        """Whether what fills up a chunk is seen beside its streamlines; if so, it has codes."""
+        return self.settings.network == "grid"
 
     def scaled(self, points: Float[Tensor, "*N 3"]) -> Float[Tensor, "*N 3"]:
         """mm to [-1, 1]."""
@@ -132,16 +159,21 @@ class BundleAutoencoder(nn.Module):
         low, high = self.extent
         return (points + 1) / 2 * (high - low) + low
 
-    def latents(self, points: Float[Tensor, "C chunk n 3"]) -> Float[Tensor, "C h w D"]:
+    def latents(self, points: Float[Tensor, "C chunk n 3"], real: Bool[Tensor, "C chunk"]) -> Float[Tensor, "C h w D"]:
+        if isinstance(self.encoder, SetEncoder):
+            out: Tensor = self.encoder(points, real)
+            return out
         return self.encoder(points.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
-    def render(self, latents: Float[Tensor, "C h w D"]) -> Float[Tensor, "C chunk n 3"]:
-        out: Tensor = self.decoder(latents.permute(0, 3, 1, 2))
-        return out.permute(0, 2, 3, 1)
+    def render(self, latents: Float[Tensor, "C h w D"], real: Bool[Tensor, "C chunk"]) -> Float[Tensor, "C chunk n 3"]:
+        if isinstance(self.decoder, SetDecoder):
+            out: Tensor = self.decoder(latents, real)
+            return out
+        return self.decoder(latents.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def places(self, real: Bool[Tensor, "C chunk"]) -> Bool[Tensor, "C h w"]:
         """Positions of the grid with a real streamline below them."""
-        return real.unflatten(1, (-1, FACTOR)).any(2).unsqueeze(2).expand(-1, -1, self.grid[1])
+        return real.unflatten(1, (-1, self.across)).any(2).unsqueeze(2).expand(-1, -1, self.grid[1])
 
     def keys(self, chunks: Int64[Tensor, " C"]) -> Int64[Tensor, "C h w"]:
         """A key of each position, from one of its chunk."""
@@ -152,10 +184,10 @@ class BundleAutoencoder(nn.Module):
     def filled(
         self, z: Float[Tensor, "C h w D"], vectors: Float[Tensor, "C h w D"], real: Bool[Tensor, "C chunk"]
     ) -> Float[Tensor, "C h w D"]:
-        """Quantized vectors with those of repeats too, which the quantizer has left out: the decoder sees them beside
-        the last real streamlines, and codes are stored of them."""
+        """Quantized vectors with those of repeats too, which the quantizer has left out: the paper's decoder sees them
+        beside the last real streamlines, and codes are stored of them."""
         repeats = ~self.places(real)
-        if self.quantizer is None or not repeats.any():
+        if self.quantizer is None or not self.sees_repeats or not repeats.any():
             return vectors
         if isinstance(self.quantizer, GumbelQuantizer):
             found = mixture.mix(z[repeats], self.quantizer.codebook.vectors, self.settings.temperature)
@@ -163,39 +195,17 @@ class BundleAutoencoder(nn.Module):
             found = self.quantizer.look_up(self.quantizer.assign(z[repeats]))
         return vectors.index_put((repeats,), found.to(vectors))
 
-    def chunk_keys(self, batch: Batch) -> Int64[Tensor, " C"]:
-        """A key of every chunk of every row."""
-        number = torch.arange(self.chunks, device=batch.keys.device)
-        return (batch.keys.unsqueeze(1) * self.chunks + number).flatten()
-
     def all_chunks(self, batch: Batch) -> tuple[Float[Tensor, "C chunk n 3"], Bool[Tensor, "C chunk"]]:
         """(scaled points, which streamlines are real) of every chunk of every row, in order."""
-        s = self.settings
-        points = batch.columns["points"].to(self.extent.dtype).unflatten(1, (-1, s.chunk)).flatten(0, 1)
-        real = batch.columns["real"] & batch.mask.unsqueeze(1)
-        return self.scaled(points), real.reshape(-1, s.chunk)
-
-    def spread(self, codes: Int64[Tensor, "H h w"], held: Bool[Tensor, " C"]) -> Int64[Tensor, "B chunks h w"]:
-        """Codes of the chunks that hold something as those of all; -1 elsewhere."""
-        every = torch.full((len(held), *self.grid), -1, device=held.device)
-        every[held] = codes.to(every)
-        return every.unflatten(0, (-1, self.chunks))
+        points, real = chunking.every(batch, self.settings.chunk)
+        return self.scaled(points.to(self.extent.dtype)), real
 
     def drawn(self, batch: Batch, share: Share) -> tuple[Float[Tensor, "B chunk n 3"], Bool[Tensor, "B chunk"]]:
-        """(scaled points, which of them are real) of one chunk of each row: its real streamlines in an order of the
-        step's own, with repeats where there are too few."""
-        s, real = self.settings, batch.columns["real"] & batch.mask.unsqueeze(1)
+        """(scaled points, which of them are real) of one chunk of each row, drawn for this step."""
         if self.chunks == 1:
             return self.all_chunks(batch)
-        names = batch.keys.unsqueeze(1) * MEMBERS + torch.arange(real.shape[1], device=real.device)
-        times = noise.race(share.seed, share.step, names.flatten()).view(names.shape)
-        order = times.masked_fill(~real, torch.inf).argsort(dim=1, stable=True)
-        place = torch.arange(s.chunk, device=real.device)
-        held = real.sum(1, keepdim=True)
-        chosen = order.gather(1, place % held.clamp(min=1))
-        index = chosen.view(*chosen.shape, 1, 1).expand(-1, -1, *batch.columns["points"].shape[2:])
-        points = batch.columns["points"].to(self.extent.dtype).gather(1, index)
-        return self.scaled(points), place < held
+        points, real = chunking.drawn(batch, self.settings.chunk, share)
+        return self.scaled(points.to(self.extent.dtype)), real
 
 
 def _quantizer(s: StreamlineSettings) -> VectorQuantizer | GumbelQuantizer | None:
@@ -227,7 +237,7 @@ def _quantizer(s: StreamlineSettings) -> VectorQuantizer | GumbelQuantizer | Non
 def counts(model: BundleAutoencoder, batch: Batch) -> dict[str, int]:
     """Chunks, their real streamlines, and positions of the grid that have one."""
     real = (batch.columns["real"] & batch.mask.unsqueeze(1)).sum(1).clamp(max=model.settings.chunk)
-    vectors = (real + FACTOR - 1) // FACTOR * model.grid[1]
+    vectors = (real + model.across - 1) // model.across * model.grid[1]
     return {"rows": int(batch.mask.sum()), "streamlines": int(real.sum()), "vectors": int(vectors.sum())}
 
 
@@ -235,7 +245,7 @@ def train_losses(model: BundleAutoencoder, batch: Batch, share: Share) -> Losses
     """Mean (x - decoded)^2 over real streamlines, and what the bottleneck adds: nothing with gumbel and ae."""
     s = model.settings
     points, real = model.drawn(batch, share)
-    z = model.latents(points)
+    z = model.latents(points, real)
     logs: dict[str, Tensor] = {}
     extra = z.new_zeros(())
     if model.quantizer is not None:
@@ -250,7 +260,7 @@ def train_losses(model: BundleAutoencoder, batch: Batch, share: Share) -> Losses
         extra = s.kl_weight * share.world * (divergence * batch.mask).sum()
     else:
         latents = z
-    error = losses.squared_error(model.render(latents).flatten(0, 1), points.flatten(0, 1), real.flatten())
+    error = losses.squared_error(model.render(latents, real).flatten(0, 1), points.flatten(0, 1), real.flatten())
     reconstruction = share.mean(error / (3 * points.shape[2]), "streamlines")
     return Losses({"model": reconstruction + extra}, {"reconstruction": reconstruction.detach(), **logs})
 
@@ -301,22 +311,34 @@ def codebooks(s: StreamlineSettings) -> list[tuple[int, int]]:
 
 
 def encode(model: BundleAutoencoder, batch: Batch) -> Int64[Tensor, "B chunks h w"]:
-    """The code of each position of each chunk's grid; -1 where a chunk has no real streamline."""
+    """The code of each position of each chunk's grid; -1 where a chunk, or with network=set a place of it, has no real
+    streamline. With network=grid repeats have codes too: the decoder sees them beside the last real streamlines."""
     points, real = model.all_chunks(batch)
     held = real.any(1)
-    # Repeats have codes too: the decoder sees them beside the last real streamlines.
-    return model.spread(_coded(model).assign(model.latents(points[held])), held)
+    return chunking.spread(_codes(model, points[held], real[held]), held, model.chunks)
+
+
+def _codes(
+    model: BundleAutoencoder, points: Float[Tensor, "C chunk n 3"], real: Bool[Tensor, "C chunk"]
+) -> Int64[Tensor, "C h w"]:
+    codes = _coded(model).assign(model.latents(points, real))
+    return codes if model.sees_repeats else codes.masked_fill(~model.places(real), -1)
 
 
 def decode(model: BundleAutoencoder, codes: Int64[Tensor, "B chunks h w"]) -> dict[str, Tensor]:
-    """Points in mm, [B, row_chunk, n, 3], and which streamlines there are: those of chunks that have codes."""
+    """Points in mm, [B, row_chunk, n, 3], and which streamlines there are: those that have codes."""
     s, book = model.settings, _coded(model)
     flat = codes.flatten(0, 1)
-    held = (flat != -1).flatten(1).any(1)
+    real = _coded_lines(model, flat)
+    held = real.any(1)
     points = model.extent.new_zeros(len(flat), s.chunk, s.num_points or 0, 3)
-    points[held] = model.millimetres(model.render(book.look_up(flat[held])))
-    real = held.view(-1, model.chunks).repeat_interleave(s.chunk, 1)
-    return {"points": points.unflatten(0, (-1, model.chunks)).flatten(1, 2), "real": real}
+    points[held] = model.millimetres(model.render(book.look_up(flat[held]), real[held]))
+    points = points.masked_fill(~real[:, :, None, None], 0.0)
+    return {"points": points.unflatten(0, (-1, model.chunks)).flatten(1, 2), "real": real.view(len(codes), -1)}
+
+
+def _coded_lines(model: BundleAutoencoder, codes: Int64[Tensor, "C h w"]) -> Bool[Tensor, "C chunk"]:
+    return (codes != -1).any(2).repeat_interleave(model.across, 1)
 
 
 def _coded(model: BundleAutoencoder) -> VectorQuantizer | GumbelQuantizer:
@@ -332,7 +354,7 @@ def rebuilt(
     keys: Int64[Tensor, " C"],
 ) -> Float[Tensor, "C chunk n 3"]:
     """Scaled chunks through the bottleneck and back, as evaluation does."""
-    return model.render(_through(model, model.latents(points), real, keys))
+    return model.render(_through(model, model.latents(points, real), real, keys), real)
 
 
 def _through(
@@ -346,58 +368,44 @@ def _through(
     return z
 
 
+def _apportioned(
+    model: BundleAutoencoder, points: Float[Tensor, "C chunk n 3"], real: Bool[Tensor, "C chunk"], draws: int
+) -> Float[Tensor, "C h w D"]:
+    """The mixture as told by `draws` codes a position that may be the same: their mean."""
+    book, z = _coded(model), model.latents(points, real)
+    told = mixture.apportion(z.flatten(0, 2), book.codebook.vectors, model.settings.temperature, draws)
+    return book.look_up(told).mean(1).view(z.shape)
+
+
 def measure(model: BundleAutoencoder, batch: Batch) -> Measured:
     points, real = model.all_chunks(batch)
     held = real.any(1)
-    points, real, codes = points[held], real[held], model.spread(torch.zeros(0, *model.grid), torch.zeros_like(held))
-    z, found = model.latents(points), {"streamlines": real.sum().double(), "chunks": held.sum().double()}
+    points, real, codes = points[held], real[held], torch.full((len(batch.keys), model.chunks, *model.grid), -1)
+    z, found = model.latents(points, real), {"streamlines": real.sum().double(), "chunks": held.sum().double()}
+    positions, to_mm = model.places(real).sum().double(), float(model.extent[1] - model.extent[0]) / 2
     if model.quantizer is not None:
         nearest = model.quantizer.assign(z)
-        codes = model.spread(nearest.masked_fill(~model.places(real), -1), held)
-        stored = model.render(model.quantizer.look_up(nearest))
-        found |= {f"{name}_of_codes": value for name, value in _likeness(model, stored, points, real).items()}
-    made = model.render(_through(model, z, real, model.chunk_keys(batch)[held]))
-    return Measured(codes, {**found, **_likeness(model, made, points, real)})
-
-
-def _likeness(
-    model: BundleAutoencoder, made: Tensor, points: Float[Tensor, "C chunk n 3"], real: Bool[Tensor, "C chunk"]
-) -> dict[str, Tensor]:
-    """Sums over real streamlines (MSE a number, squared mm, MDF in mm) and over chunks with one (BUAN)."""
-    squared = (made - points).square().flatten(2).mean(2)[real].double()
-    to_mm = float(model.extent[1] - model.extent[0]) / 2
-    apart = polylines.mdf(made[real], points[real]).double() * to_mm
-    alike = [
-        polylines.bundle_adjacency(points[chunk][kept], made[chunk][kept], probes.THRESHOLD)
-        for chunk, kept in enumerate(real)
-    ]
-    return {
-        "error": squared.sum(),
-        "squared_mm": squared.sum() * to_mm**2,
-        "mdf": apart.sum(),
-        "buan": torch.tensor(alike, dtype=torch.float64).sum(),
-    }
-
-
-def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
-    """`mse` in scaled coordinates, `rmse_mm` a coordinate, `mdf_mm` between each streamline and what became of it, and
-    `buan` of chunks at 0.05 of scaled coordinates; the same `..._of_codes` where only codes are kept."""
-    lines, chunks = sums["streamlines"], sums["chunks"]
-    found = {}
-    for suffix in ("", "_of_codes"):
-        if f"error{suffix}" in sums:
-            found[f"mse{suffix}"] = float(sums[f"error{suffix}"] / lines)
-            found[f"rmse_mm{suffix}"] = math.sqrt(float(sums[f"squared_mm{suffix}"] / lines))
-            found[f"mdf_mm{suffix}"] = float(sums[f"mdf{suffix}"] / lines)
-            found[f"buan{suffix}"] = float(sums[f"buan{suffix}"] / chunks)
-    return found
+        codes = chunking.spread(nearest.masked_fill(~model.places(real), -1), held, model.chunks)
+        stored = model.render(model.quantizer.look_up(nearest), real)
+        found |= {f"{name}_of_codes": value for name, value in scores.likeness(stored, points, real, to_mm).items()}
+        found["bits_of_codes"] = positions * math.log2(model.settings.num_codes)
+    if isinstance(model.quantizer, VectorQuantizer):
+        found["bits"] = found["bits_of_codes"]
+    elif model.gaussian is not None:
+        found["bits"] = found["chunks"] * 32.0 * gaussian.WIDTH
+    else:
+        found["bits"] = positions * 32.0 * model.settings.code_dim
+    made = model.render(_through(model, z, real, chunking.keys_of(batch, model.chunks)[held]), real)
+    return Measured(codes, {**found, **scores.likeness(made, points, real, to_mm)})
 
 
 def pictures(model: BundleAutoencoder, batch: Batch) -> dict[str, Figure]:
     """The largest chunks of these rows, from three sides."""
     points, real = model.all_chunks(batch)
     largest = real.sum(1).argsort(descending=True, stable=True)[: bundle_views.MOST_BUNDLES]
-    made = model.millimetres(rebuilt(model, points[largest], real[largest], model.chunk_keys(batch)[largest]))
+    made = model.millimetres(
+        rebuilt(model, points[largest], real[largest], chunking.keys_of(batch, model.chunks)[largest])
+    )
     drawn = []
     for place, chunk in enumerate(largest.tolist()):
         kept = real[chunk]
@@ -412,24 +420,27 @@ def bundle_model(model: BundleAutoencoder) -> reports.BundleModel:
     def chunks(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         points, real = model.all_chunks(batch)
         held = real.any(1)
-        return points[held], real[held], model.chunk_keys(batch)[held]
+        return points[held], real[held], chunking.keys_of(batch, model.chunks)[held]
 
     def rows(batch: Batch) -> Int64[Tensor, " C"]:
         held = model.all_chunks(batch)[1].any(1)
         return torch.arange(len(held)).div(model.chunks, rounding_mode="floor")[held]
 
     s, book = model.settings, model.quantizer
-    what = f"{s.bottleneck}, {s.num_codes} codes of {s.code_dim} dimensions" if book is not None else s.bottleneck
+    of = f"{s.bottleneck}, {s.num_codes} codes of {s.code_dim} dimensions" if book is not None else s.bottleneck
     return reports.BundleModel(
         chunks=chunks,
         rows=rows,
-        latents=lambda points, real, keys: _through(model, model.latents(points), real, keys),
+        latents=lambda points, real, keys: _through(model, model.latents(points, real), real, keys),
         render=model.render,
-        codes=None if book is None else lambda points: book.assign(model.latents(points)),
+        places=model.places,
+        codes=None if book is None else lambda points, real: _codes(model, points, real),
+        coded_lines=lambda codes: _coded_lines(model, codes),
         look_up=None if book is None else book.look_up,
+        apportioned=functools.partial(_apportioned, model) if s.bottleneck == "gumbel" else None,
         num_codes=s.num_codes,
         millimetres=model.millimetres,
-        what=f"DVQ-VAE's network, bottleneck {what}",
+        what=f"{'DVQ-VAE' if s.network == 'grid' else 'the set'}'s network, bottleneck {of}",
     )
 
 
@@ -447,7 +458,7 @@ recipe = Recipe(
     encode=encode,
     decode=decode,
     measure=measure,
-    summarise=summarise,
+    summarise=scores.summarise,
     fitted=fitted,
     pictures=pictures,
     claims=paper.claims,

@@ -1,6 +1,7 @@
 """The report on bundles: its numbers against what can be worked out, and that nothing is learned from test rows."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from pipelines.errors import Refused
 from pipelines.recipe import ReportJob
 from pipelines.recipes import _bundle_probes as probes
 from pipelines.recipes import _bundle_report as reports
+from pipelines.recipes import _bundle_scores as scores
 from pipelines.recipes import streamline_dvqvae as dvqvae
 from pipelines.recipes._bundle_report import Chunk
 from pipelines.recipes.streamline_dvqvae import BundleAutoencoder, StreamlineSettings
@@ -41,19 +43,20 @@ def job_of(shards: str, out: Path, split: str = "test", **settings) -> ReportJob
     return ReportJob(opened, out, ShardReader(shards), split, given, str(out))
 
 
-@pytest.mark.parametrize("bottleneck", ["gumbel", "ae"])
-def test_every_question_is_answered_on_the_split_asked_for(shards, tmp_path, bottleneck):
-    job, model = job_of(shards, tmp_path), model_of(bottleneck=bottleneck)
+@pytest.mark.parametrize(("bottleneck", "network"), [("gumbel", "grid"), ("gumbel", "set"), ("ae", "grid")])
+def test_every_question_is_answered_on_the_split_asked_for(shards, tmp_path, bottleneck, network):
+    job, model = job_of(shards, tmp_path), model_of(bottleneck=bottleneck, network=network)
     numbers = reports.write(job, dvqvae.bundle_model(model))
     told = json.loads((tmp_path / "bundles.json").read_text())
     *each, whole = told["bundles"]
     assert [row["streamlines"] for row in each] == list(BUNDLES)
     assert whole["streamlines"] == sum(BUNDLES)
     assert whole["chunks"] == sum(-(-count // 4) for count in BUNDLES)
-    found = dvqvae.summarise(_measured(model, shards))
+    found = scores.summarise(_measured(model, shards))
     for name in ("buan", "mdf_mm", "rmse_mm"):
         assert numbers[name] == pytest.approx(found[name], rel=1e-5)
     assert ("buan_of_codes" in numbers) == (bottleneck == "gumbel")
+    assert [row["draws"] for row in told["rate"]] == ([1, 4, 16, 64, 256] if bottleneck == "gumbel" else [])
     assert told["shift"][4]["moved"] < 1e-6
     assert told["shift"][0]["moved"] > 0
     page = (tmp_path / "bundles.html").read_text()
@@ -81,8 +84,9 @@ def chunk(label: int, code: int, offset: float = 0.0) -> Chunk:
     points[..., 2] = label + 0.01 * torch.arange(4).unsqueeze(1) + offset
     codes = torch.full((1, 4), code)
     return Chunk(
-        label, points, torch.ones(4, dtype=torch.bool), torch.full((1, 4, 2), float(code)), points, codes, points
-    )
+        label, points, torch.ones(4, dtype=torch.bool), torch.full((1, 4, 2), float(code)), points,
+        torch.ones(1, 4, dtype=torch.bool), codes, points,
+    )  # fmt: skip
 
 
 def test_bundles_are_recognised_by_what_train_chunks_say_and_by_nothing_else():
@@ -102,7 +106,9 @@ def test_bundles_are_recognised_by_what_train_chunks_say_and_by_nothing_else():
 def test_new_chunks_are_judged_by_the_nearest_train_chunk_of_their_bundle():
     train = [chunk(1, 0), chunk(1, 1, 0.5), chunk(2, 2)]
     test = [chunk(1, 0), chunk(1, 1, 0.5), chunk(2, 2)]
-    decoder = SimpleNamespace(num_codes=3, look_up=lambda codes: codes.unsqueeze(-1).double(), render=_render)
+    decoder = SimpleNamespace(
+        num_codes=3, look_up=lambda codes: codes.unsqueeze(-1).double(), render=_render, coded_lines=EVERY
+    )
     found = probes.synthesis(train, test, decoder, 2, seed=0)
     assert found["real"] == {"chunks": 3, "buan": 1, "length_off": pytest.approx(0), "bending_off": pytest.approx(0)}
     assert found["interpolated"]["chunks"] == 1
@@ -111,7 +117,11 @@ def test_new_chunks_are_judged_by_the_nearest_train_chunk_of_their_bundle():
     assert 0 < found["drawn"]["buan"] <= 1
 
 
-def _render(latents: torch.Tensor) -> torch.Tensor:
+def EVERY(codes: torch.Tensor) -> torch.Tensor:
+    return torch.ones(len(codes), 4, dtype=torch.bool)
+
+
+def _render(latents: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """The chunk whose code the mean of the latents is: heights are 1, 1.5 and 2."""
     code = latents.mean().item()
     return chunk(1, 0, 0.5 * code).points.unsqueeze(0)
@@ -125,8 +135,36 @@ def test_drawn_codes_stand_where_train_chunks_have_them_and_follow_from_the_seed
     assert any(len(one.unique()) > 1 for one in drawn), "each position for itself"
 
 
+def test_no_code_is_drawn_where_no_chunk_has_one():
+    some = [chunk(1, code) for code in (3, 4, 5)]
+    for one in some[:2]:
+        one.codes[0, 2] = -1
+    for one in some:
+        one.codes[0, 3] = -1
+    for seed in range(20):
+        assert probes._drawn(some, seed)[0, 2:].tolist() == [5, -1]
+
+
+def test_a_mixture_told_by_one_code_is_its_nearest_and_by_many_it_is_itself(shards):
+    model = model_of(temperature=3.0, num_codes=8)
+    told = dvqvae.bundle_model(model)
+    found = list(reports.chunks_of(ShardReader(shards), "test", told))
+    rows = scores.rate(found, told.apportioned, told, 80.0)
+    coded = scores.of_pairs([(one.lines, one.of_codes[one.real]) for one in found], 80.0)
+    assert rows[0] == {"draws": 1, "bits": rows[0]["bits"], **{k: pytest.approx(v, rel=1e-5) for k, v in coded.items()}}
+    one = found[0]
+    with torch.inference_mode():
+        many, few = (told.apportioned(one.points[None], one.real[None], draws)[0][one.places] for draws in (1 << 14, 4))
+    mixed = one.latents[one.places]
+    assert (many - mixed).abs().max() < 1e-3 < (few - mixed).abs().max()
+    positions = sum(int(one.places.sum()) for one in found) / sum(len(one.lines) for one in found)
+    assert rows[0]["bits"] == pytest.approx(positions * 3)
+    # Four codes of eight without an order: C(11, 4) = 330 ways.
+    assert rows[1]["bits"] == pytest.approx(positions * math.log2(330))
+
+
 def test_a_shift_of_what_does_not_listen_moves_nothing():
-    model = SimpleNamespace(render=lambda latents: chunk(1, 0).points.unsqueeze(0))
+    model = SimpleNamespace(render=lambda latents, real: chunk(1, 0).points.unsqueeze(0))
     rows = reports.shifted([chunk(1, 0)], model)
     assert [row["alpha"] for row in rows] == [-1, -0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75, 1]
     assert {row["moved"] for row in rows} == {0}

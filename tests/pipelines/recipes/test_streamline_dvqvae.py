@@ -10,6 +10,7 @@ from pipelines.errors import Failed, Refused
 from pipelines.evaluate import measure
 from pipelines.feed import Feed
 from pipelines.recipe import Batch, Share
+from pipelines.recipes import _bundle_scores as scores
 from pipelines.recipes import streamline_dvqvae as dvqvae
 from pipelines.recipes.streamline_dvqvae import BundleAutoencoder, StreamlineSettings
 from pipelines.shards import ShardReader
@@ -22,7 +23,11 @@ NAME = "streamline_dvqvae"
 BOTTLENECKS = ("ae", "vae", "vq", "vq_ema", "gumbel")
 CPU = torch.device("cpu")
 RUN = {"steps": 6, "double": True, "checkpoint_every": 6}
-FORMS = {one: {"bottleneck": one, **({"chunk": CHUNK} if one == "vae" else {})} for one in BOTTLENECKS}
+FORMS: dict[str, dict] = {
+    **{one: {"bottleneck": one, **({"chunk": CHUNK} if one == "vae" else {})} for one in BOTTLENECKS},
+    "set": {"network": "set"},
+    "set of hard codes": {"network": "set", "bottleneck": "vq", "revive_below": 0.1},
+}
 COLUMNS = {"points": [CHUNK, POINTS, 3], "real": [CHUNK]}
 
 
@@ -78,9 +83,10 @@ def test_the_loss_is_the_squared_error_of_real_streamlines_and_with_gumbel_nothi
         points = model.scaled(some.columns["points"])
         # The quantizer's noise follows from the step, which its forward has counted: counted back to draw it again.
         model.quantizer.codebook.step -= 1
-        z, real = model.latents(points), some.columns["real"]
+        real = some.columns["real"]
+        z = model.latents(points, real)
         mixed = model.filled(z, model.quantizer(z, model.places(real), model.keys(some.keys)).vectors, real)
-        error = (model.render(mixed) - points)[some.columns["real"]].square().mean()
+        error = (model.render(mixed, real) - points)[some.columns["real"]].square().mean()
     torch.testing.assert_close(found.groups["model"].detach().float(), error)
     found.groups["model"].backward()
     codes = model.quantizer.codebook.vectors.grad
@@ -101,7 +107,7 @@ def test_repeats_are_in_no_metric_and_no_count():
     assert (dvqvae.encode(model, some) >= 0).all(), "but it is stored: the decoder needs it"
     with torch.no_grad():
         # Without a mask repeats are quantized as all else is.
-        made = model.render(model.quantizer(model.latents(points)).vectors)
+        made = model.render(model.quantizer(model.latents(points, some.columns["real"])).vectors, some.columns["real"])
     expected = [polylines.bundle_adjacency(points[n, :4], made[n, :4], 0.05) for n in range(3)]
     assert found["buan"].item() == pytest.approx(sum(expected))
     assert found["mdf"].item() == pytest.approx(polylines.mdf(made[:, :4], points[:, :4]).sum().item(), rel=1e-5)
@@ -199,24 +205,70 @@ def test_the_network_sees_order_and_direction_and_buan_does_not():
     points = some.columns["points"]
     order = torch.randperm(CHUNK, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        plain, shuffled, turned = (model.latents(model.scaled(p)) for p in (points, points[:, order], points.flip(2)))
+        plain, shuffled, turned = (
+            model.latents(model.scaled(p), some.columns["real"]) for p in (points, points[:, order], points.flip(2))
+        )
     assert not torch.allclose(plain, shuffled)
     assert not torch.allclose(plain, turned)
 
 
+def test_to_the_set_network_streamlines_have_no_order_and_repeats_are_nothing():
+    model = model_of(network="set", chunk=CHUNK).eval()
+    some = batch(rows=2, held=5)
+    points, real = some.columns["points"].clone(), some.columns["real"]
+    order = torch.randperm(CHUNK, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        codes = dvqvae.encode(model, some)
+        other = Batch({"points": points[:, order], "real": real[:, order]}, some.mask, some.keys)
+        assert torch.equal(dvqvae.encode(model, other), codes[:, :, order])
+        points[:, 5:] = 1e3
+        assert torch.equal(dvqvae.encode(model, Batch({"points": points, "real": real}, some.mask, some.keys)), codes)
+        decoded, shuffled = dvqvae.decode(model, codes), dvqvae.decode(model, codes[:, :, order])
+    assert (codes[:, 0, :5] >= 0).all()
+    assert (codes[:, 0, 5:] == -1).all()
+    assert torch.equal(decoded["real"], real)
+    assert torch.equal(shuffled["real"], real[:, order])
+    torch.testing.assert_close(shuffled["points"], decoded["points"][:, order])
+    alone = Batch({name: column[:1] for name, column in some.columns.items()}, some.mask[:1], some.keys[:1])
+    assert torch.equal(dvqvae.encode(model, alone), codes[:1])
+
+
+@pytest.mark.parametrize("network", ["grid", "set"])
+def test_metrics_are_those_of_what_decoding_gives(network):
+    """Hard codes: evaluation is encode, decode, compare; and each of 12 streamlines costs what its positions do."""
+    model = model_of(bottleneck="vq", network=network, num_codes=8).eval()
+    some = batch(held=4)
+    with torch.no_grad():
+        found = scores.summarise(dvqvae.measure(model, some).sums)
+        decoded = dvqvae.decode(model, dvqvae.encode(model, some))
+    real = some.columns["real"]
+    apart = (decoded["points"] - some.columns["points"])[real]
+    assert found["rmse_mm"] == pytest.approx(float(apart.square().mean().sqrt()), rel=1e-4)
+    assert found["rmse_mm_of_codes"] == pytest.approx(found["rmse_mm"])
+    # Four positions (of 4 points) for four streamlines, or one (of 16 points) for each.
+    assert found["bits"] == found["bits_of_codes"] == 3
+
+
+@pytest.mark.parametrize(("bottleneck", "bits"), [("ae", 32 * 4), ("gumbel", 32 * 4), ("vae", 32 * 20 / 4)])
+def test_bits_are_of_what_the_decoder_is_given(bottleneck, bits):
+    model = model_of(bottleneck=bottleneck, chunk=CHUNK, code_dim=4).eval()
+    with torch.no_grad():
+        assert scores.summarise(dvqvae.measure(model, batch(held=4)).sums)["bits"] == bits
+
+
 @pytest.fixture(scope="module")
 def two(shards, tmp_path_factory) -> Path:
-    """Each bottleneck trained by two workers."""
+    """Each form trained by two workers."""
     home = tmp_path_factory.mktemp("two")
-    run_workers(2, home, {one: spec_of(NAME, shards, home / one, **RUN, **FORMS[one]) for one in BOTTLENECKS})
+    run_workers(2, home, {one: spec_of(NAME, shards, home / one, **RUN, **FORMS[one]) for one in FORMS})
     return home
 
 
-@pytest.mark.parametrize("bottleneck", BOTTLENECKS)
-def test_two_workers_reach_the_model_of_one(two, shards, tmp_path, bottleneck):
-    spec = spec_of(NAME, shards, tmp_path, **RUN, **FORMS[bottleneck])
+@pytest.mark.parametrize("form", FORMS)
+def test_two_workers_reach_the_model_of_one(two, shards, tmp_path, form):
+    spec = spec_of(NAME, shards, tmp_path, **RUN, **FORMS[form])
     model, _ = loop.train(spec, Feed(ShardReader(shards)), CPU, lambda _: None)
-    first, second = (state_of(two, bottleneck, rank, 2) for rank in range(2))
+    first, second = (state_of(two, form, rank, 2) for rank in range(2))
     for name, value in model.state_dict().items():
         torch.testing.assert_close(first[name], value, rtol=0, atol=1e-9, msg=name)
         assert torch.equal(first[name], second[name]), name
@@ -237,7 +289,7 @@ def test_bare_codes_lose_what_the_mixture_keeps_and_hard_codes_lose_nothing(shar
     assert all(one["mse"] < spread / 2 for one in found.values())
     assert found["gumbel"]["mse_of_codes"] > 1.2 * found["gumbel"]["mse"]
     assert found["vq_ema"]["mse_of_codes"] == pytest.approx(found["vq_ema"]["mse"], rel=1e-5)
-    assert found["ae"].keys() == {"rows", "mse", "rmse_mm", "mdf_mm", "buan"}
+    assert found["ae"].keys() == {"rows", "mse", "rmse_mm", "mdf_mm", "buan", "bits"}
     to_mm = float(model.extent[1] - model.extent[0]) / 2
     assert found["vq_ema"]["rmse_mm"] == pytest.approx(found["vq_ema"]["mse"] ** 0.5 * to_mm, rel=1e-5)
 
@@ -256,6 +308,8 @@ def test_what_has_no_codebook_encodes_nothing(bottleneck):
         ({}, {"points": [64, 3]}, "ingest with --set rows=chunks"),
         ({"chunk": 64}, {"points": [96, 64, 3]}, "chunk=64 does not divide the 96 streamlines"),
         ({}, {"points": [64, 50, 3]}, "num_points=50 is no multiple of 4, .*: 48 and 52"),
+        ({"network": "set"}, {"points": [64, 40, 3]}, "num_points=40 is no multiple of 16, .*: 32 and 48"),
+        ({"network": "set", "bottleneck": "vae"}, {"points": [64, 64, 3]}, "keeps no order .* give network=grid"),
         ({"bottleneck": "vae", "chunk": 8}, {"points": [64, 64, 3]}, "chunk=8 is no multiple of 16"),
     ],
 )
