@@ -1,9 +1,11 @@
 """Decoded bundles as files of the kind they came from: below `decoded/`, under the names of their sources."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -30,8 +32,7 @@ def sources_of(given: tuple[str, ...]) -> dict[str, files.Source]:
 def check_sources(reader: ShardReader, split: str, given: tuple[str, ...]) -> None:
     """Raise Refused unless every file of the split's rows is among the sources."""
     there = sources_of(given)
-    rows = reader.take(split, np.arange(reader.rows(split)), ("name",))
-    wanted = {_file_of(name) for name in rows.column("name").to_pylist()}
+    wanted = _rows_of_files(reader, split)
     if absent := sorted(wanted - there.keys()):
         raise Refused(
             f"{len(absent):,} of the {len(wanted):,} files of these shards, such as {absent[0]!r}, are not in"
@@ -46,31 +47,40 @@ def write_decoded(
     decoded: Callable[[Batch], Iterator[tuple[int, Tensor]]],
     out: str,
 ) -> int:
-    """Write each file's streamlines of the split, in their order, and return how many files there are.
+    """Write each file's streamlines of the split, in their order, and return how many files there are. A file is
+    written when its last row is decoded; no more than what is unfinished is held.
 
     Args:
         decoded: a batch of chunks -> (row of the batch, its streamlines [row_chunk, n, 3] in mm).
     """
-    there = sources_of(given)
-    held: dict[str, dict[int, np.ndarray]] = {}
+    there, left = sources_of(given), _rows_of_files(reader, split)
+    held: dict[str, dict[int, npt.NDArray[np.float32]]] = {}
     for shard in range(len(reader.manifest.shards)):
         for batch, _, stored in seen_batches(reader, shard, split):
             with torch.inference_mode():
                 for row, lines in decoded(batch):
-                    own = held.setdefault(_file_of(stored["name"][row]), {})
+                    name = _file_of(stored["name"][row])
+                    own = held.setdefault(name, {})
                     kept = np.flatnonzero(np.asarray(stored["real"][row]))
                     own.update({int(stored["index"][row][place]): lines[place].numpy() for place in kept})
-    for name, own in held.items():
-        source = there[name]
-        try:
-            with files.opened(source.uri, source.member) as like:
-                data = as_file([own[index] for index in sorted(own)], like, PurePosixPath(name).suffix.lower())
-        except files.DAMAGE as damage:
-            raise Failed(
-                f"{source.uri} has no header to take over: {damage}; is it the file that was ingested?"
-            ) from None
-        storage.write_atomic(storage.join(out, DECODED, *PurePosixPath(name).parts), data)
-    return len(held)
+                    left[name] -= 1
+                    if not left[name]:
+                        _write(held.pop(name), there[name], storage.join(out, DECODED, *PurePosixPath(name).parts))
+    return len(left)
+
+
+def _write(lines: dict[int, npt.NDArray[np.float32]], source: files.Source, to: str) -> None:
+    try:
+        with files.opened(source.uri, source.member) as like:
+            data = as_file([lines[index] for index in sorted(lines)], like, PurePosixPath(source.name).suffix.lower())
+    except files.DAMAGE as damage:
+        raise Failed(f"{source.uri} has no header to take over: {damage}; is it the file that was ingested?") from None
+    storage.write_atomic(to, data)
+
+
+def _rows_of_files(reader: ShardReader, split: str) -> Counter[str]:
+    rows = reader.take(split, np.arange(reader.rows(split)), ("name",))
+    return Counter(_file_of(name) for name in rows.column("name").to_pylist())
 
 
 def _file_of(row: str) -> str:

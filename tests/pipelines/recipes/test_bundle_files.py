@@ -74,6 +74,20 @@ def read_back(path: Path) -> list[np.ndarray]:
     return list(nibabel.streamlines.load(str(path)).streamlines)
 
 
+def test_a_file_is_written_when_its_last_row_is_decoded(home, tmp_path):
+    reader, out = shards_of(home, tmp_path / "shards"), tmp_path / "out"
+    there = []
+
+    def decoded(batch):
+        for pair in itself(batch):
+            yield pair
+            there.append(sum(path.is_file() for path in out.rglob("*")))
+
+    bundle_files.write_decoded(reader, "test", (str(home),), decoded, str(out))
+    assert there == sorted(there)
+    assert set(there) >= {1, 2, 3}, "one after the other, not all at the end"
+
+
 def test_files_hold_the_streamlines_of_the_split_in_their_order_and_space(home, tmp_path):
     reader, out = shards_of(home, tmp_path / "shards"), tmp_path / "out"
     assert bundle_files.write_decoded(reader, "test", (str(home),), itself, str(out)) == 3
