@@ -48,7 +48,7 @@ def gumbel(
     seed: int, step: Step, keys: Int64[Tensor, " N"], *, level: int = 0, head: int = 0, draws: int = 1
 ) -> Float[Tensor, "N draws"]:
     """float64 standard Gumbel variables, -log(-log u): added to logits, their argmax is a draw from the softmax."""
-    return -torch.log(-torch.log(uniform(seed, step, keys, level=level, head=head, draws=draws)))
+    return uniform(seed, step, keys, level=level, head=head, draws=draws).log_().neg_().log_().neg_()
 
 
 def choose(weights: Float[Tensor, "N K"], u: Float[Tensor, "N draws"]) -> Int64[Tensor, "N draws"]:
@@ -94,7 +94,7 @@ def race(
         ValueError: keys that are not one dimension of int64, or weights of another shape.
     """
     _check_keys(keys)
-    times = -torch.log(_unit(_absorb(_state(_RACE, seed, step, level, stream), keys)))
+    times = _unit(_absorb(_state(_RACE, seed, step, level, stream), keys)).log_().neg_()
     if weights is None:
         return times
     if weights.shape != keys.shape:
@@ -148,17 +148,22 @@ def _signed(word: int) -> int:
 
 def _absorb(state: Int64[Tensor, "..."] | int, coordinate: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """One round over tensors. int64 products wrap in torch, which is arithmetic modulo 2^64."""
-    word = coordinate * _signed(_GOLDEN) + state + _signed(_GOLDEN)
-    word = (word ^ _shift_right(word, 30)) * _signed(0xBF58476D1CE4E5B9)
-    word = (word ^ _shift_right(word, 27)) * _signed(0x94D049BB133111EB)
-    return word ^ _shift_right(word, 31)
+    # In place and with one buffer: at millions of draws fresh memory for every operation costs more than arithmetic.
+    word = (coordinate * _signed(_GOLDEN)).add_(_signed(_GOLDEN)) + state
+    spare = torch.empty_like(word)
+    word.bitwise_xor_(_shift_right(word, 30, spare)).mul_(_signed(0xBF58476D1CE4E5B9))
+    word.bitwise_xor_(_shift_right(word, 27, spare)).mul_(_signed(0x94D049BB133111EB))
+    return word.bitwise_xor_(_shift_right(word, 31, spare))
 
 
-def _shift_right(word: Int64[Tensor, "..."], bits: int) -> Int64[Tensor, "..."]:
+def _shift_right(word: Int64[Tensor, "..."], bits: int, out: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """Logical shift: torch's own copies the sign bit into the top."""
-    return (word >> bits) & ((1 << (64 - bits)) - 1)
+    return torch.bitwise_right_shift(word, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _unit(word: Int64[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The upper 53 bits as a multiple of 2^-53 below 1; 0 becomes half a step, because logarithms are taken of it."""
-    return (_shift_right(word, 11).to(torch.float64) * 2.0**-53).clamp_min(2.0**-54)
+    """The upper 53 bits as a multiple of 2^-53 below 1; 0 becomes half a step, because logarithms are taken of it.
+
+    `word` is used up.
+    """
+    return _shift_right(word, 11, word).to(torch.float64).mul_(2.0**-53).clamp_min_(2.0**-54)
