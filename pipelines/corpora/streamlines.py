@@ -122,8 +122,8 @@ def _say_unplaced(found: list[files.Source], cuts: list[list[files.Cut]]) -> Non
         name, lacks = unplaced[0]
         print(
             f"{len(unplaced):,} of {len(found):,} files do not say where they lie, such as {name!r} (its header has no"
-            f" {' and no '.join(lacks)}). They are read as nibabel reads them, a missing vox_to_ras as the identity and a"
-            " missing voxel_order as LPS, so their points may not lie where those of other files do. Write them again"
+            f" {' and no '.join(lacks)}). They are read as nibabel reads them, a missing vox_to_ras as the identity and"
+            " a missing voxel_order as LPS, so their points may not lie where those of other files do. Write them again"
             " with their image as reference if that matters.",
             file=sys.stderr,
         )
@@ -231,14 +231,15 @@ def read(
     if settings.rows == "chunks":
         yield from _chunks(piece, context, settings, wanted)
         return
+    about, split = _about(piece, ""), piece.meta["split"]
     for unit, made, digest in _curves(piece, settings, wanted):
-        if isinstance(made, Bad | Filtered):
+        if not isinstance(made, tuple):
             yield unit, made, digest
             continue
         points, length = made
         name = f"{piece.name}#{piece.start + unit}"
-        values = {"points": points, "length": length, **_about(piece, name)}
-        yield unit, Row(values, _split_group(piece, context, name), piece.meta["split"]), digest
+        values = {"points": points, "length": length, **about, "name": name}
+        yield unit, Row(values, _split_group(piece, context, name), split), digest
 
 
 Curve = tuple[np.ndarray, float]
