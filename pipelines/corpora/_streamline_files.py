@@ -26,8 +26,13 @@ COMPRESSED_SLICE_BYTES = 256 << 20
 """Each slice of a compressed archive's member unpacks all that lies before it, so there are as few as may be."""
 MOST_POINTS = 1_000_000
 """Of one streamline. More is damage: at a tenth of a millimetre a step it would be 100 m long."""
+MOST_UNITS = 1 << 18
+"""Streamlines of a slice: a chunk may hold any of its slice, so a worker has all of them in memory."""
 MOST_RATIO, SMALL_MEMBER = 100, 16 << 20
 """An archive's member may unpack to so many times its size, or to so many bytes: coordinates shrink to a half or so."""
+
+EMPTY = "the file is empty: copy or write it again, or leave it out"
+BROKEN_ARCHIVE = "the archive is cut off or damaged: a whole .zip or .trx is needed; copy or write it again"
 
 Points = Float32[np.ndarray, "P 3"]
 Wanted = Callable[[int], bool]
@@ -98,7 +103,7 @@ def member_of(archive: zipfile.ZipFile, raw: BinaryIO, info: zipfile.ZipInfo) ->
     raw.seek(info.header_offset)
     head = raw.read(30)
     if head[:4] != b"PK\3\4" or len(head) < 30:
-        raise Unreadable("the archive is cut off or damaged")
+        raise Unreadable(BROKEN_ARCHIVE)
     first = info.header_offset + 30 + sum(struct.unpack("<HH", head[26:]))
     return cast(BinaryIO, io.BufferedReader(_Window(raw, first, info.file_size)))
 
@@ -163,7 +168,7 @@ def sources_in(entries: Sequence[Entry], prefix: str) -> tuple[list[Source], Cou
             found += members
             ignored.update(left)
         else:
-            found.append(Source(entry.uri, name, entry.bytes, refusal=None if entry.bytes else "the file is empty"))
+            found.append(Source(entry.uri, name, entry.bytes, refusal=None if entry.bytes else EMPTY))
     return found, ignored
 
 
@@ -179,10 +184,10 @@ def _members(entry: Entry, name: str) -> tuple[list[Source], Counter[str]]:
                     ignored[why_ignored(info.filename)] += 1
                     continue
                 compressed = info.compress_type != zipfile.ZIP_STORED
-                refusal = refused_member(info, entry.bytes) or (None if info.file_size else "the file is empty")
+                refusal = refused_member(info, entry.bytes) or (None if info.file_size else EMPTY)
                 found.append(Source(entry.uri, f"{name}/{info.filename}", info.file_size, place, compressed, refusal))
     except DAMAGE:
-        return [Source(entry.uri, name, entry.bytes, refusal="the archive is cut off or damaged")], Counter()
+        return [Source(entry.uri, name, entry.bytes, refusal=BROKEN_ARCHIVE)], Counter()
     return sorted(found, key=lambda source: source.name), ignored
 
 
@@ -190,13 +195,13 @@ def refused_member(info: zipfile.ZipInfo, archive_bytes: int) -> str | None:
     """Why a member is not even opened, from the archive's directory alone."""
     path = PurePosixPath(info.filename.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts:
-        return "its path climbs out of the archive"
+        return "its path climbs out of the archive: pack it again under a path inside"
     if info.flag_bits & 1:
-        return "it is encrypted"
+        return "it is encrypted: pack it again without a password"
     if info.compress_size > archive_bytes:
-        return "the archive is cut off or damaged"
+        return BROKEN_ARCHIVE
     if info.file_size > max(SMALL_MEMBER, MOST_RATIO * info.compress_size):
-        return f"it unpacks to more than {MOST_RATIO} times its size: a decompression bomb"
+        return f"it unpacks to more than {MOST_RATIO} times its size: a decompression bomb, or pack it uncompressed"
     return None
 
 
@@ -215,8 +220,9 @@ class Cutter:
         """First byte behind each of the next streamlines."""
         self._ends = np.concatenate([self._ends, np.asarray(ends, np.int64)])
         self.units += len(ends)
-        while len(self._ends) and self._ends[-1] - self._start > self._most:
+        while len(self._ends) and (self._ends[-1] - self._start > self._most or len(self._ends) > MOST_UNITS):
             fit = max(1, int(np.searchsorted(self._ends, self._start + self._most, side="right")))
+            fit = min(fit, MOST_UNITS)
             self._cut(fit - fit % self._multiple or fit)
 
     def close(self) -> list[tuple[int, int, int]]:

@@ -11,7 +11,7 @@ from pipelines.corpora._streamline_files import MOST_POINTS, Cut, Cutter, Found,
 MOST_HEADER_BYTES = 1 << 20
 BLOCK_POINTS = 1 << 20
 POINT = 12
-CUT_OFF = "the file is cut off: its end mark is missing"
+CUT_OFF = "the file is cut off: its end mark is missing; copy or write it again"
 
 
 def cuts(file: BinaryIO, size: int, most_bytes: int, multiple: int) -> list[Cut]:
@@ -25,7 +25,9 @@ def cuts(file: BinaryIO, size: int, most_bytes: int, multiple: int) -> list[Cut]
     """
     first, order = _header(file)
     if first > size:
-        raise Unreadable("the file is cut off inside its header")
+        raise Unreadable(
+            "the file is cut off inside its header: the points begin behind its end; copy or write it again"
+        )
     cutter = Cutter(first, most_bytes, multiple)
     trouble = _scan(file, first, size, order, cutter)
     meta = {"order": order}
@@ -45,26 +47,38 @@ def read(file: BinaryIO, meta: Mapping[str, Any], units: int, wanted: Wanted) ->
         if wanted(unit):
             yield unit, points[start:end].astype("<f4")
     if real.sum() < units:
-        raise Unreadable("the file has changed since it was looked at")
+        raise Unreadable("the file has changed since it was looked at: ingest again into a new folder")
 
 
 def _header(file: BinaryIO) -> tuple[int, str]:
     """(first byte of data, byte order). Defaults are nibabel's."""
     head = file.read(MOST_HEADER_BYTES)
     if not head.startswith(b"mrtrix tracks"):
-        raise Unreadable("it does not begin as a .tck file does")
+        raise Unreadable("it does not begin as a .tck file does, with 'mrtrix tracks': give it its own suffix")
     end = re.search(rb"\nEND[ \t\r]*\n", head)
     if end is None:
-        raise Unreadable("the file is cut off inside its header")
+        raise Unreadable(
+            f"the file is cut off inside its header: no line END in its first {MOST_HEADER_BYTES:,} bytes; copy or"
+            " write it again"
+        )
     pairs = [line.partition(b":") for line in head[: end.start()].splitlines()[1:]]
     told = {key.strip(): value.strip() for key, colon, value in pairs if colon}
     kind, where = told.get(b"datatype", b"Float32LE"), told.get(b"file", b". %d" % end.end())
     if kind not in (b"Float32", b"Float32LE", b"Float32BE"):
-        raise Unreadable("its numbers are not float32")
+        raise Unreadable(
+            f"its numbers are not float32 but {_shown(kind)}: Float32, Float32LE and Float32BE are read; convert it"
+        )
     place = re.fullmatch(rb"\.\s+(\d{1,18})", where)
     if place is None:
-        raise Unreadable("the header points outside the file")
+        raise Unreadable(
+            f"the header points outside the file ({_shown(where)}): 'file: . OFFSET' is read; join the two files"
+        )
     return int(place[1]), ">" if kind.endswith(b"BE") else "<"
+
+
+def _shown(value: bytes) -> str:
+    """What a header says, for people."""
+    return repr(value[:40].decode("ascii", "backslashreplace"))
 
 
 def _scan(file: BinaryIO, first: int, size: int, order: str, cutter: Cutter) -> str | None:
@@ -85,7 +99,7 @@ def _scan(file: BinaryIO, first: int, size: int, order: str, cutter: Cutter) -> 
         if (gaps > MOST_POINTS).any() or (not len(ends) and base + len(block) - before > MOST_POINTS):
             good = ends[: int(np.argmax(gaps > MOST_POINTS))] if len(ends) else ends
             cutter.add(first + (good[gaps[: len(good)] > 0] + 1) * POINT)
-            return f"damaged: a streamline of more than {MOST_POINTS:,} points"
+            return f"damaged: a streamline of more than {MOST_POINTS:,} points; copy or write the file again"
         cutter.add(first + (ends[gaps > 0] + 1) * POINT)
         before = int(ends[-1]) if len(ends) else before
         base += len(block)

@@ -6,7 +6,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
-from pipelines.corpora._streamline_files import MOST_POINTS, Cut, Cutter, Found, Unreadable, Wanted
+from pipelines.corpora._streamline_files import MOST_POINTS, MOST_UNITS, Cut, Cutter, Found, Unreadable, Wanted
 
 HEADER_BYTES = 1000
 WALK_ABOVE = 16 << 20
@@ -16,8 +16,11 @@ BLOCK = 8 << 20
 MOST_LISTED = 100_000
 """Lost streamlines of a walked file that are a unit each; of more, quarantine rows would fill the memory."""
 POINTS_AT_ONCE = 1 << 15
-CUT_OFF = "the file is cut off before this streamline"
-NEGATIVE = "damaged: a streamline of a negative number of points"
+WITH_IMAGE = "write the file again with its image as reference"
+SINGULAR = f"the header's affine (vox_to_ras) is singular: it must turn voxels into mm; {WITH_IMAGE}"
+CUT_OFF = "the file is cut off before this streamline: copy or write it again"
+NO_ROOM = "its header promises more streamlines than it has room for: copy or write it again"
+NEGATIVE = "damaged: a streamline of a negative number of points; copy or write the file again"
 
 
 class Header(NamedTuple):
@@ -29,6 +32,8 @@ class Header(NamedTuple):
     order: str
     affine: list[float]
     """4 x 4, row by row: stored coordinates (voxel corner, mm) to RAS mm (voxel centre)."""
+    lacks: list[str]
+    """Fields that tell where the file lies in space and are not filled in."""
 
     @property
     def least_bytes(self) -> int:
@@ -44,8 +49,10 @@ def cuts(file: BinaryIO, size: int, most_bytes: int, multiple: int) -> list[Cut]
     """
     header = _header(file)
     meta = {"floats": header.floats, "properties": header.properties, "order": header.order, "affine": header.affine}
+    if header.lacks:
+        meta["lacks"] = header.lacks
     room = (size - HEADER_BYTES) // header.least_bytes
-    if 0 < header.streamlines <= room and size <= WALK_ABOVE:
+    if 0 < header.streamlines <= min(room, MOST_UNITS) and size <= WALK_ABOVE:
         return [Cut(header.streamlines, size, {**meta, "first": HEADER_BYTES, "bytes": size - HEADER_BYTES})]
     cutter = Cutter(HEADER_BYTES, most_bytes, multiple)
     trouble = _walk(file, size, header, cutter)
@@ -54,9 +61,9 @@ def cuts(file: BinaryIO, size: int, most_bytes: int, multiple: int) -> list[Cut]
     if missing > 0:
         reason = trouble or CUT_OFF
         if header.streamlines > room:
-            missing, reason = 1, "its header promises more streamlines than it has room for"
+            missing, reason = 1, NO_ROOM
         elif missing > MOST_LISTED:
-            missing, reason = 1, f"{reason}, as are {missing - 1:,} after it"
+            missing, reason = 1, f"{reason} ({missing - 1:,} more behind it are lost too)"
         found.append(Cut(missing, 0, {"reason": reason}))
     return found
 
@@ -115,21 +122,31 @@ def _moved(stored: Sequence[tuple[int, np.ndarray]], affine: np.ndarray) -> Foun
 def _header(file: BinaryIO) -> Header:
     head = file.read(HEADER_BYTES)
     if head[:5] != b"TRACK":
-        raise Unreadable("it does not begin as a .trk file does")
+        raise Unreadable("it does not begin as a .trk file does, with TRACK: give it its own suffix")
     if len(head) < HEADER_BYTES:
-        raise Unreadable("the file is cut off inside its header")
+        raise Unreadable("the file is cut off inside its header of 1,000 bytes: copy or write it again")
     # nibabel's reader of whole files would begin to read streamlines, too.
     from nibabel.streamlines.trk import header_2_dtype
 
     order: Literal["<", ">"] = "<" if head[-4:] == struct.pack("<i", HEADER_BYTES) else ">"
     found = np.frombuffer(head, header_2_dtype.newbyteorder(order))[0]
     if found["hdr_size"] != HEADER_BYTES or found["version"] not in (1, 2, 3):
-        raise Unreadable("its header is of no known version")
+        raise Unreadable(
+            f"its header is of no known version ({found['version']}, {found['hdr_size']} bytes): 1 to 3 of 1000 bytes"
+            " are read; write the file again"
+        )
     scalars, properties = int(found["nb_scalars_per_point"]), int(found["nb_properties_per_streamline"])
     streamlines = int(found["nb_streamlines"])
     if min(scalars, properties, streamlines) < 0:
-        raise Unreadable("the header holds negative counts")
-    return Header(streamlines, 3 + scalars, properties, order, [float(value) for value in _affine(found).ravel()])
+        raise Unreadable("the header holds negative counts: 0 or more scalars, properties and streamlines are allowed")
+    affine = [float(value) for value in _affine(found).ravel()]
+    lacks = (["vox_to_ras"] if _no_affine(found) else []) + ([] if found["voxel_order"] else ["voxel_order"])
+    return Header(streamlines, 3 + scalars, properties, order, affine, lacks)
+
+
+def _no_affine(header: np.void) -> bool:
+    """Files of before TrackVis 0.5 and of programs that know no image."""
+    return bool(header["version"] == 1 or header["voxel_to_rasmm"][3, 3] == 0)
 
 
 def _affine(header: np.void) -> np.ndarray:
@@ -138,7 +155,7 @@ def _affine(header: np.void) -> np.ndarray:
     from nibabel.streamlines.trk import get_affine_trackvis_to_rasmm
 
     recorded = header["voxel_to_rasmm"].astype(np.float32)
-    if header["version"] == 1 or recorded[3, 3] == 0:
+    if _no_affine(header):
         recorded = np.eye(4, dtype=np.float32)
     fields = {
         "voxel_to_rasmm": recorded,
@@ -147,15 +164,20 @@ def _affine(header: np.void) -> np.ndarray:
         "dimensions": header["dimensions"],
     }
     sizes = np.array([recorded.ravel().sum(), *fields["voxel_sizes"]], np.float64)
-    if not np.isfinite(sizes).all() or not sizes[1:].all() or np.linalg.matrix_rank(recorded) < 4:
-        raise Unreadable("the header's affine is singular")
+    if not np.isfinite(sizes[1:]).all() or not sizes[1:].all():
+        raise Unreadable(f"the header's voxel_size is 0 or not finite: three sizes in mm are needed; {WITH_IMAGE}")
+    if not np.isfinite(sizes[0]) or np.linalg.matrix_rank(recorded) < 4:
+        raise Unreadable(SINGULAR)
     try:
         with np.errstate(all="ignore"):
             affine = get_affine_trackvis_to_rasmm(fields) if None not in aff2axcodes(recorded) else None
     except (ValueError, KeyError, IndexError, np.linalg.LinAlgError):
-        raise Unreadable("the header's voxel order is none") from None
+        given = bytes(header["voxel_order"]).decode("ascii", "backslashreplace")
+        raise Unreadable(
+            f"the header's voxel_order is {given!r}: three letters such as RAS or LPS are needed; {WITH_IMAGE}"
+        ) from None
     if affine is None or not np.isfinite(affine).all():
-        raise Unreadable("the header's affine is singular")
+        raise Unreadable(SINGULAR)
     return affine
 
 
@@ -195,7 +217,11 @@ def _ends(file: BinaryIO, size: int, header: Header) -> Iterator[int | str]:
                 return
         (points,) = count.unpack_from(data, at)
         if not 0 <= points <= MOST_POINTS:
-            yield NEGATIVE if points < 0 else f"damaged: a streamline of more than {MOST_POINTS:,} points"
+            yield (
+                NEGATIVE
+                if points < 0
+                else f"damaged: a streamline of more than {MOST_POINTS:,} points; copy or write the file again"
+            )
             return
         at += 4 + 4 * (points * header.floats + header.properties)
         if base + at > size:

@@ -13,6 +13,7 @@ import numpy as np
 
 from pipelines.corpora._streamline_files import (
     MOST_POINTS,
+    MOST_UNITS,
     Cut,
     Found,
     Unreadable,
@@ -42,11 +43,11 @@ def cuts(file: BinaryIO, size: int, most_bytes: int, multiple: int) -> list[Cut]
         streamlines, points = _counts(archive)
         positions, offsets = _array(archive, POSITIONS, size), _array(archive, OFFSETS, size)
     if positions.items != 3 * points or offsets.items != streamlines + 1:
-        raise Unreadable("its arrays have other sizes than its header says")
+        raise Unreadable("its arrays have other sizes than its header says: write it again")
     if not streamlines:
         return []
     each = positions.kind.itemsize * 3 * points / streamlines + offsets.kind.itemsize
-    units = max(1, int(most_bytes / each))
+    units = max(1, min(MOST_UNITS, int(most_bytes / each)))
     units = units - units % multiple or units
     starts = range(0, streamlines, units)
     counts = [min(units, streamlines - first) for first in starts]
@@ -63,16 +64,16 @@ def read(file: BinaryIO, meta: Mapping[str, Any], units: int, wanted: Wanted) ->
             bounds = np.frombuffer(member.read((units + 1) * offsets.kind.itemsize), offsets.kind).astype(np.int64)
         lengths = np.diff(bounds)
         if len(bounds) <= units or bounds[0] < 0 or (lengths < 0).any() or 3 * bounds[-1] > positions.items:
-            raise Unreadable("damaged: its offsets do not rise from 0 to the number of points")
+            raise Unreadable("damaged: its offsets do not rise from 0 to the number of points; write it again")
         if (lengths > MOST_POINTS).any():
-            raise Unreadable(f"damaged: a streamline of more than {MOST_POINTS:,} points")
+            raise Unreadable(f"damaged: a streamline of more than {MOST_POINTS:,} points; copy or write the file again")
         point = 3 * positions.kind.itemsize
         with member_of(archive, file, positions.info) as member:
             member.seek(int(bounds[0]) * point)
             for unit, length in enumerate(lengths.tolist()):
                 data = member.read(length * point)
                 if len(data) < length * point:
-                    raise Unreadable("the file is cut off before this streamline")
+                    raise Unreadable("the file is cut off before this streamline: copy or write it again")
                 if wanted(unit):
                     with np.errstate(over="ignore"):
                         found = np.frombuffer(data, positions.kind).reshape(-1, 3).astype("<f4")
@@ -90,7 +91,9 @@ def _counts(archive: zipfile.ZipFile) -> tuple[int, int]:
         if min(streamlines, points) < 0 or not isinstance(streamlines, int) or not isinstance(points, int):
             raise ValueError(streamlines, points)
     except (KeyError, TypeError, ValueError, RecursionError):
-        raise Unreadable("the header is not that of a .trx file") from None
+        raise Unreadable(
+            "the header is not that of a .trx file: NB_STREAMLINES and NB_VERTICES are needed in header.json"
+        ) from None
     return streamlines, points
 
 
@@ -101,4 +104,6 @@ def _array(archive: zipfile.ZipFile, name: re.Pattern[str], size: int) -> Array:
                 raise Unreadable(refusal)
             kind = np.dtype(found[1]).newbyteorder("<")
             return Array(info, kind, info.file_size // kind.itemsize)
-    raise Unreadable("it holds no positions or no offsets")
+    raise Unreadable(
+        "it holds no positions or no offsets: positions.3.float32 and offsets.uint64 are needed, or other widths"
+    )

@@ -38,6 +38,8 @@ SIDES = {"train": "t", "valid": "v", "test": "e"}
 SPLIT_OF_SIDE = {letter: split for split, letter in SIDES.items()}
 LOOK_AT_ONCE = 16
 """Files surveyed at a time: most of it is waiting for a disk or a network."""
+POINTS_AT_ONCE = 1 << 15
+"""Points that are resampled together."""
 
 
 class StreamlineSettings(CorpusSettings):
@@ -106,7 +108,25 @@ def survey(sources: list[str], settings: StreamlineSettings) -> Survey:
         multiple = settings.chunk if settings.rows == "chunks" else 1
         cuts = list(pool.map(lambda source: _cuts(source, multiple), found))
     ignored.update(["no streamline in it"] * sum(not cut for cut in cuts))
+    _say_unplaced(found, cuts)
     return _surveyed(found, cuts, told, settings, ignored)
+
+
+def _say_unplaced(found: list[files.Source], cuts: list[list[files.Cut]]) -> None:
+    unplaced = [
+        (source.name, runs[0].meta["lacks"])
+        for source, runs in zip(found, cuts, strict=True)
+        if runs and "lacks" in runs[0].meta
+    ]
+    if unplaced:
+        name, lacks = unplaced[0]
+        print(
+            f"{len(unplaced):,} of {len(found):,} files do not say where they lie, such as {name!r} (its header has no"
+            f" {' and no '.join(lacks)}). They are read as nibabel reads them, a missing vox_to_ras as the identity and"
+            " a missing voxel_order as LPS, so their points may not lie where those of other files do. Write them again"
+            " with their image as reference if that matters.",
+            file=sys.stderr,
+        )
 
 
 def _surveyed(
@@ -183,8 +203,10 @@ def _reason(damage: BaseException) -> str:
     if isinstance(damage, files.Unreadable):
         return str(damage)
     if isinstance(damage, Refused | Failed | OSError):
-        return f"could not be read: {getattr(damage, 'strerror', None) or type(damage).__name__}"
-    return "the archive is cut off or damaged"
+        system = damage if isinstance(damage, OSError) else damage.__context__
+        why = getattr(system, "strerror", None) or type(system or damage).__name__
+        return f"could not be read: {why}; it must be there and readable, so look at it and ingest again"
+    return files.BROKEN_ARCHIVE
 
 
 def _told_by(name: str, pattern: str | None) -> tuple[str, str] | None:
@@ -209,14 +231,15 @@ def read(
     if settings.rows == "chunks":
         yield from _chunks(piece, context, settings, wanted)
         return
+    about, split = _about(piece, ""), piece.meta["split"]
     for unit, made, digest in _curves(piece, settings, wanted):
-        if isinstance(made, Bad | Filtered):
+        if not isinstance(made, tuple):
             yield unit, made, digest
             continue
         points, length = made
         name = f"{piece.name}#{piece.start + unit}"
-        values = {"points": points, "length": length, **_about(piece, name)}
-        yield unit, Row(values, _split_group(piece, context, name), piece.meta["split"]), digest
+        values = {"points": points, "length": length, **about, "name": name}
+        yield unit, Row(values, _split_group(piece, context, name), split), digest
 
 
 Curve = tuple[np.ndarray, float]
@@ -226,24 +249,52 @@ Curve = tuple[np.ndarray, float]
 def _curves(
     piece: Slice, settings: StreamlineSettings, wanted: Callable[[int], bool]
 ) -> Iterator[tuple[int, Curve | Bad | Filtered, bytes]]:
-    for unit, points in _points(piece, wanted):
-        if isinstance(points, str):
-            yield unit, Bad(piece.name, points), points.encode()
-            continue
-        digest = hashlib.sha256(points.tobytes()).digest()
-        if why := curves.why_none(points):
-            yield unit, Bad(piece.name, why), digest
-            continue
-        way = curves.along(points)
-        if not way[-1]:
-            yield unit, Bad(piece.name, "a length of zero: all its points are one"), digest
-            continue
-        if way[-1] < settings.min_length:
-            yield unit, Filtered("min_length"), digest
-        elif settings.max_length is not None and way[-1] > settings.max_length:
-            yield unit, Filtered("max_length"), digest
-        else:
-            yield unit, (curves.resampled(points, way, settings.num_points), float(way[-1])), digest
+    for block in _blocks(_points(piece, wanted), settings.num_points):
+        made = _made({unit: points for unit, points in block if not isinstance(points, str)}, piece.name, settings)
+        for unit, points in block:
+            if isinstance(points, str):
+                yield unit, Bad(piece.name, points), points.encode()
+            else:
+                yield unit, made[unit], hashlib.sha256(points.tobytes()).digest()
+
+
+def _blocks(
+    found: Iterator[tuple[int, np.ndarray | str]], num_points: int
+) -> Iterator[list[tuple[int, np.ndarray | str]]]:
+    """Units as they come, so many that NumPy's calls cost little and so few that they stay in a CPU's cache."""
+    block: list[tuple[int, np.ndarray | str]] = []
+    size = 0
+    for unit, points in found:
+        block.append((unit, points))
+        size += max(len(points), num_points)
+        if size > POINTS_AT_ONCE:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def _made(
+    lines: Mapping[int, np.ndarray], name: str, settings: StreamlineSettings
+) -> dict[int, Curve | Bad | Filtered]:
+    """What becomes of each unit's line."""
+    made: dict[int, Curve | Bad | Filtered] = {}
+    for unit, why in zip(lines, curves.why_none([*lines.values()]), strict=True):
+        if why:
+            made[unit] = Bad(name, why)
+    good = [unit for unit in lines if unit not in made]
+    ways = dict(zip(good, curves.along([lines[unit] for unit in good]), strict=True))
+    lengths = {unit: float(way[-1]) for unit, way in ways.items()}
+    for unit, length in lengths.items():
+        if not length:
+            made[unit] = Bad(name, curves.NO_LENGTH)
+        elif length < settings.min_length:
+            made[unit] = Filtered("min_length")
+        elif settings.max_length is not None and length > settings.max_length:
+            made[unit] = Filtered("max_length")
+    kept = [unit for unit in good if unit not in made]
+    points = curves.resampled([lines[unit] for unit in kept], [ways[unit] for unit in kept], settings.num_points)
+    return made | {unit: (one, lengths[unit]) for unit, one in zip(kept, points, strict=True)}
 
 
 def _points(piece: Slice, wanted: Callable[[int], bool]) -> Iterator[tuple[int, np.ndarray | str]]:

@@ -22,6 +22,7 @@ from pipelines.corpora import Bad, streamlines
 from pipelines.corpora import _streamline_files as files
 from pipelines.corpora import _streamline_tck as tck
 from pipelines.corpora import _streamline_trk as trk
+from pipelines.corpora import _streamline_trx as trx
 from pipelines.corpora.streamlines import StreamlineSettings
 from pipelines.errors import Refused
 
@@ -116,6 +117,18 @@ def test_trk_is_moved_to_ras_mm_as_nibabel_moves_it(tmp_path: Path, order: bytes
         check(found_in(tmp_path), lines(), atol=1e-4)
 
 
+def test_files_of_other_spaces_end_in_the_same_millimetres(tmp_path: Path) -> None:
+    spaces = [
+        {"dimensions": (91, 109, 91), "voxel_sizes": (2, 2.125, 1.5), "voxel_to_rasmm": OBLIQUE, "voxel_order": b"LPS"},
+        {"dimensions": (60, 70, 80), "voxel_sizes": (1, 1, 3), "voxel_to_rasmm": np.diag([1, 1, 3, 1])},
+        {"dimensions": (60, 70, 80), "voxel_to_rasmm": np.eye(4), "voxel_order": b"AIL"},
+    ]
+    for name, header in zip("abc", spaces, strict=True):
+        (tmp_path / f"{name}.trk").write_bytes(as_trk(lines(), header))
+    (tmp_path / "d.tck").write_bytes(as_tck(lines()))
+    check(found_in(tmp_path), 4 * lines(), atol=1e-4)
+
+
 def test_trk_of_whole_millimetres_is_bit_for_bit_what_nibabel_reads(tmp_path: Path) -> None:
     (tmp_path / "a.trk").write_bytes(as_trk(lines()))
     check(found_in(tmp_path), nib.streamlines.load(tmp_path / "a.trk").streamlines)
@@ -169,6 +182,21 @@ def test_a_large_trk_is_walked_from_count_to_count_and_cut(tmp_path: Path, count
     assert [piece.start for piece in survey.slices[1:]] == [piece.stop for piece in survey.slices[:-1]]
     assert all(piece.bytes <= 700 for piece in survey.slices)
     check(found_in(tmp_path), lines(40))
+
+
+@pytest.mark.parametrize("walked", [True, False])
+def test_many_short_streamlines_are_cut_by_their_number_too(tmp_path: Path, monkeypatch, walked: bool) -> None:
+    """A worker holds the streamlines of a slice, so there must not be a million of three points in one."""
+    for module in (files, trk, trx):
+        monkeypatch.setattr(module, "MOST_UNITS", 8)
+    if walked:
+        monkeypatch.setattr(trk, "WALK_ABOVE", 0)
+    for suffix, make in ((".trk", as_trk), (".tck", as_tck), (".trx", as_trx)):
+        (tmp_path / suffix[1:]).mkdir()
+        (tmp_path / suffix[1:] / f"a{suffix}").write_bytes(make(lines(20)))
+        survey = streamlines.survey([str(tmp_path / suffix[1:])], SETTINGS)
+        assert [piece.stop - piece.start for piece in survey.slices] == [8, 8, 4]
+        check(found_in(tmp_path / suffix[1:]), lines(20))
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -301,14 +329,14 @@ FILES: dict[str, tuple[bytes, str]] = {
     "singular.trk": (changed(TRK, 440, np.diag([1, 1, 0, 1]).astype("<f4").tobytes()), "singular"),
     "rank_1.trk": (changed(TRK, 440, (np.ones((4, 4)) + np.diag([0, 0, 0, 1])).astype("<f4").tobytes()), "singular"),
     "nan_affine.trk": (changed(TRK, 440, np.full((4, 4), np.nan, "<f4").tobytes()), "singular"),
-    "no_voxels.trk": (changed(TRK, 12, bytes(12)), "the header's affine is singular"),
+    "no_voxels.trk": (changed(TRK, 12, bytes(12)), "voxel_size is 0 or not finite: three sizes in mm are needed"),
     "scalars.trk": (changed(TRK, 36, b"\xff\xff"), "the header holds negative counts"),
     "negative.trk": (changed(TRK, 988, b"\xff\xff\xff\xff"), "the header holds negative counts"),
     "no_end.tck": (b"mrtrix tracks\ndatatype: Float32LE\n", "the file is cut off inside its header"),
     "double.tck": (as_tck(lines()).replace(b"Float32LE", b"Float64LE"), "its numbers are not float32"),
     "binary.tck": (b"mrtrix tracks\n" + bytes(range(256)) * 8, "the file is cut off inside its header"),
     "other_file.tck": (b"mrtrix tracks\nfile: data.bin 0\nEND\n", "the header points outside the file"),
-    "order.trk": (changed(TRK, 948, b"XYZ\0"), "the header's voxel order is none"),
+    "order.trk": (changed(TRK, 948, b"XYZ\0"), "voxel_order is 'XYZ': three letters such as RAS or LPS"),
     "elsewhere.tck": (b"mrtrix tracks\ndatatype: Float32LE\nfile: . 99\nEND\n", "cut off inside its header"),
     "before.tck": (b"mrtrix tracks\ndatatype: Float32LE\nfile: . -9\nEND\n", "points outside the file"),
     "no_arrays.trx": (zipped("header.json", b'{"NB_STREAMLINES": 3, "NB_VERTICES": 9}'), "it holds no positions"),
@@ -345,10 +373,10 @@ def test_a_trk_cut_off_anywhere_keeps_what_is_whole_and_counts_what_is_lost(tmp_
         lost = found[whole:]
         assert len(reasons(lost)) == len(lost)
         if counted and (length - 1000) // 28 >= 5:
-            assert set(reasons(lost)) == {"the file is cut off before this streamline"}
+            assert set(reasons(lost)) == {trk.CUT_OFF}
             assert len(lost) == 5 - whole
         elif counted:
-            assert reasons(lost) == ["its header promises more streamlines than it has room for"]
+            assert reasons(lost) == [trk.NO_ROOM]
         else:
             # Without a promise, a file that ends where a streamline does is whole.
             assert len(lost) == (length not in ends)
@@ -376,18 +404,18 @@ def test_a_streamline_of_more_points_than_any_has_ends_what_can_be_read(tmp_path
     (tmp_path / "b.tck").write_bytes(as_tck(points))
     found = found_in(tmp_path)
     check(found[:3] + found[6:9], lines(3) + lines(3))
-    assert reasons(found) == ["damaged: a streamline of more than 50 points"] * 4
+    assert reasons(found) == ["damaged: a streamline of more than 50 points; copy or write the file again"] * 4
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_very_many_lost_streamlines_are_one_unit_that_says_how_many(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(trk, "MOST_LISTED", 8)
-    for whole, expected in ((3, "before this streamline, as are 8 after it"), (4, "before this streamline")):
+    for whole, expected in ((3, " (8 more behind it are lost too)"), (4, "")):
         end = 1000 + sum(4 + 12 * len(one) for one in lines()[:whole])
         (tmp_path / "a.trk").write_bytes(TRK[: end + 8])
         found = found_in(tmp_path)
         check(found[:whole], lines()[:whole])
-        assert reasons(found) == [f"the file is cut off {expected}"] * len(found[whole:])
+        assert reasons(found) == [f"{trk.CUT_OFF}{expected}"] * len(found[whole:])
         assert len(found[whole:]) == {3: 1, 4: 8}[whole]
 
 
@@ -395,7 +423,7 @@ def test_a_promise_of_two_billion_streamlines_is_one_bad_unit(tmp_path: Path) ->
     (tmp_path / "a.trk").write_bytes(changed(TRK, 988, struct.pack("<i", 2**31 - 1)))
     found = found_in(tmp_path)
     check(found[:-1], lines())
-    assert reasons(found) == ["its header promises more streamlines than it has room for"]
+    assert reasons(found) == [trk.NO_ROOM]
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -409,7 +437,7 @@ def test_a_tck_cut_off_anywhere_keeps_what_is_whole_and_says_so(tmp_path: Path) 
         found = found_in(tmp_path)
         whole = int((ends <= length).sum())
         check(found[:whole], points[:whole])
-        assert reasons(found[whole:]) == ["the file is cut off: its end mark is missing"]
+        assert reasons(found[whole:]) == [tck.CUT_OFF]
 
 
 @pytest.mark.parametrize("name", ["a.trk", "a.tck", "a.zip", "stored.trx", "deflated.trx"])
@@ -450,9 +478,10 @@ def test_a_file_that_vanished_or_shrank_after_the_survey_is_dirt(tmp_path: Path)
     (tmp_path / "a.trk").unlink()
     (tmp_path / "b.tck").write_bytes(as_tck(lines(3)))
     gone, shrunk = ([found for _, found in streamlines._points(piece, lambda _: True)] for piece in survey.slices)
-    assert gone == ["could not be read: Refused"] * 12
+    why = "could not be read: No such file or directory; it must be there and readable, so look at it and ingest again"
+    assert gone == [why] * 12
     check(shrunk[:3], lines(3))
-    assert shrunk[3:] == ["the file has changed since it was looked at"] * 9
+    assert shrunk[3:] == ["the file has changed since it was looked at: ingest again into a new folder"] * 9
 
 
 def test_a_dangling_link_and_a_loop_of_links_do_not_stop_a_survey(tmp_path: Path) -> None:
@@ -461,15 +490,19 @@ def test_a_dangling_link_and_a_loop_of_links_do_not_stop_a_survey(tmp_path: Path
     (tmp_path / "loop").symlink_to(tmp_path)
     found = found_in(tmp_path)
     check(found[:12], lines())
-    assert reasons(found) == ["the file is empty"]
+    assert reasons(found) == [files.EMPTY]
 
 
 @pytest.mark.filterwarnings("ignore:Field 'vox_to_ras'")
-def test_what_a_header_leaves_out_is_taken_as_nibabel_takes_it_and_without_a_word(tmp_path: Path, recwarn) -> None:
+def test_what_a_header_leaves_out_is_taken_as_nibabel_takes_it_and_said_once(tmp_path: Path, recwarn, capsys) -> None:
     data = changed(changed(TRK, 440, bytes(64)), 948, b"\0\0\0\0")
     (tmp_path / "a.trk").write_bytes(data)
-    found = found_in(tmp_path)
+    (tmp_path / "b.trk").write_bytes(TRK)
+    found = found_in(tmp_path)[:12]
     assert list(recwarn) == []
+    [said] = [line for line in capsys.readouterr().err.splitlines() if "do not say where they lie" in line]
+    assert said.startswith("1 of 2 files do not say where they lie, such as 'a.trk' (its header has no vox_to_ras and")
+    assert "Write them again with their image as reference" in said
     with pytest.warns(HeaderWarning):
         expected = nib.streamlines.load(tmp_path / "a.trk").streamlines
     check(found, expected, atol=1e-4)

@@ -16,7 +16,7 @@ from jobs import cli
 from pipelines import corpora, ingest, storage
 from pipelines.columns import batch_of, values_of
 from pipelines.corpora import NOT_TEST, Bad, Filtered, Joined, Row, streamlines
-from pipelines.corpora._streamline_shapes import along, resampled
+from pipelines.corpora._streamline_shapes import FEW_POINTS, NO_LENGTH, NOT_FINITE, TOO_FAR, along, resampled
 from pipelines.corpora.streamlines import StreamlineSettings
 from pipelines.errors import Failed, Refused
 from pipelines.options import validated
@@ -67,24 +67,39 @@ def test_resampling_is_linear_interpolation_over_arc_length_and_keeps_the_ends(n
         if count == 2:
             points[1] = points[0] + 1
         expected, length = by_interp(points, n)
-        way = along(points)
-        found = resampled(points, way, n)
+        [way] = along([points])
+        [found] = resampled([points], [way], n)
         assert way[-1] == pytest.approx(length, rel=1e-12)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, rtol=2e-7, atol=1e-5)
         assert np.array_equal(found[[0, -1]], points[[0, -1]])
 
 
+def test_lines_that_are_resampled_together_are_those_resampled_alone_bit_for_bit() -> None:
+    """What lies in a block depends on the machine's settings; rows and digests must not."""
+    drawn = np.random.default_rng(1)
+    several = [drawn.normal(0, 9, (count, 3)).astype(np.float32).cumsum(0) for count in (2, 40, 3, 200, 17)]
+    several[1][7:9] = several[1][6]
+    ways = along(several)
+    together = resampled(several, ways, 12)
+    for points, way, found in zip(several, ways, together, strict=True):
+        [alone] = along([points])
+        assert way.tobytes() == alone.tobytes()
+        assert found.tobytes() == resampled([points], [alone], 12)[0].tobytes()
+    assert resampled([], [], 12).shape == (0, 12, 3)
+
+
 def test_the_last_point_is_kept_where_its_step_is_lost_in_the_sum() -> None:
     points = np.array([[1e5, 0, 0], [0, 0, 0], [1e-12, 0, 0]], np.float32)
-    assert along(points)[1] == along(points)[2]
-    assert np.array_equal(resampled(points, along(points), 5)[[0, -1]], points[[0, -1]])
+    [way] = along([points])
+    assert way[1] == way[2]
+    assert np.array_equal(resampled([points], [way], 5)[0][[0, -1]], points[[0, -1]])
 
 
 def test_points_of_a_resampled_line_lie_at_equal_distances_whatever_it_was_made_of() -> None:
     places = np.array([0, 1e-6, 1e-6, 3, 3.5, 40, 90, 90])
     line = (np.array([1, 2, 3]) + places[:, None] * np.array([0.36, 0.48, 0.8])).astype(np.float32)
-    found = resampled(line, along(line), 10)
+    [found] = resampled([line], along([line]), 10)
     np.testing.assert_allclose(np.linalg.norm(np.diff(found, axis=0), axis=1), 10, rtol=1e-6)
 
 
@@ -119,11 +134,11 @@ def test_one_row_a_streamline_with_its_bundle_subject_length_and_name(tmp_path: 
 
 NAN, FAR = np.float32("nan"), np.float32("3e38")
 DIRT = {
-    "one point": (np.ones((1, 3), np.float32), "fewer than two points"),
-    "nowhere to go": (np.ones((4, 3), np.float32), "a length of zero: all its points are one"),
-    "NaN": (np.array([[0, 0, 0], [1, NAN, 1], [2, 2, 2]], np.float32), "coordinates that are not finite"),
-    "infinite": (np.array([[0, 0, 0], [1, np.inf, 1]], np.float32), "coordinates that are not finite"),
-    "far": (np.array([[-FAR, 0, 0], [FAR, 0, 0]], np.float32), "coordinates beyond a kilometre"),
+    "one point": (np.ones((1, 3), np.float32), FEW_POINTS),
+    "nowhere to go": (np.ones((4, 3), np.float32), NO_LENGTH),
+    "NaN": (np.array([[0, 0, 0], [1, NAN, 1], [2, 2, 2]], np.float32), NOT_FINITE),
+    "infinite": (np.array([[0, 0, 0], [1, np.inf, 1]], np.float32), NOT_FINITE),
+    "far": (np.array([[-FAR, 0, 0], [FAR, 0, 0]], np.float32), TOO_FAR),
 }
 
 
