@@ -12,6 +12,7 @@ from pipelines.recipe import SOURCE, Claims, Contrast, Line, Run
 
 STEPS, SET_STEPS = 600, 800
 """Of the headline's runs. The others have all steps of the preset."""
+OURS = {"network": "set", "revive_below": 0.1}
 BOTTLENECKS = ("gumbel", "ae", "vq", "vq_ema", "vae")
 WANTED = "bundles as .trk, .tck or .trx files, one a bundle, as the atlas HCP-1065 has them (106 files)"
 
@@ -29,10 +30,7 @@ def _runs() -> tuple[Run, ...]:
     short = {"gumbel": 2.5, "ae": 2.0, "vq": 2.0, "vq_ema": 2.0, "vae": 2.0}
     return (
         *(Run(one, {"steps": STEPS, "bottleneck": one}, short[one]) for one in BOTTLENECKS),
-        *(
-            Run(f"set {one}", {"steps": SET_STEPS, "network": "set", "bottleneck": one}, 2.0)
-            for one in ("gumbel", "ae", "vq")
-        ),
+        *(Run(f"set {one}", {"steps": SET_STEPS, **OURS, "bottleneck": one}, 2.0) for one in ("gumbel", "ae", "vq")),
         *(Run(f"long {one}", {"bottleneck": one}, 15.0, headline=False) for one in BOTTLENECKS),
     )
 
@@ -82,7 +80,7 @@ def _ours() -> tuple[Line | Contrast, ...]:
     return (
         Line("BUAN of the set network: AE", ours, "set ae", "buan"),
         Line("... DVQ", ours, "set gumbel", "buan"),
-        Line("... VQ, whose codes are all there is", ours, "set vq", "buan"),
+        Line("... VQ with revival, whose codes are all there is", ours, "set vq", "buan"),
         Contrast("the set network reconstructs better than the grid: AE (MSE)", ours, "set ae", "ae", "mse", False),
         Contrast("... DVQ", ours, "set gumbel", "gumbel", "mse", False),
         Contrast("... VQ", ours, "set vq", "vq", "mse", False),

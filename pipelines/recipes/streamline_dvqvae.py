@@ -11,9 +11,9 @@ have no codes, so there is nothing to encode with them. `--set network=set` is o
 set, each seen beside the mean of all, with as many codes a chunk as the source's grid of 4 x 4 places.
 
 Where the source says nothing, or is not followed by default:
-- Its preprocessing is not published. Here rows are chunks of the corpus (`chunk` of the ingest); where they are larger
-  than the network's `chunk`, training draws `chunk` streamlines of each row anew at every step. A small bundle is
-  filled up with repeats, which are in no loss, no count and no metric.
+- Its preprocessing is not published. Here rows are chunks of the corpus (`chunk` of the ingest), and training draws
+  `chunk` streamlines of each row anew at every step, in an order of that step. A small bundle is filled up with
+  repeats, which are in no loss, no count and no metric.
 - One scale for all: 2 (x - low) / (high - low) - 1 with the smallest and the largest coordinate of *train* rows (the
   source: of all). Both are kept with the weights and said in the card, so that decoding gives millimetres.
 - Evaluation adds no Gumbel noise (`noise_in_eval`: as in the source).
@@ -202,8 +202,6 @@ class BundleAutoencoder(nn.Module):
 
     def drawn(self, batch: Batch, share: Share) -> tuple[Float[Tensor, "B chunk n 3"], Bool[Tensor, "B chunk"]]:
         """(scaled points, which of them are real) of one chunk of each row, drawn for this step."""
-        if self.chunks == 1:
-            return self.all_chunks(batch)
         points, real = chunking.drawn(batch, self.settings.chunk, share)
         return self.scaled(points.to(self.extent.dtype)), real
 

@@ -80,13 +80,12 @@ def test_the_loss_is_the_squared_error_of_real_streamlines_and_with_gumbel_nothi
     assert share.totals == {"rows": 3, "streamlines": 15, "vectors": 3 * 2 * POINTS // 4}
     found = dvqvae.train_losses(model, some, share)
     with torch.no_grad():
-        points = model.scaled(some.columns["points"])
         # The quantizer's noise follows from the step, which its forward has counted: counted back to draw it again.
         model.quantizer.codebook.step -= 1
-        real = some.columns["real"]
+        points, real = model.drawn(some, share)
         z = model.latents(points, real)
         mixed = model.filled(z, model.quantizer(z, model.places(real), model.keys(some.keys)).vectors, real)
-        error = (model.render(mixed, real) - points)[some.columns["real"]].square().mean()
+        error = (model.render(mixed, real) - points)[real].square().mean()
     torch.testing.assert_close(found.groups["model"].detach().float(), error)
     found.groups["model"].backward()
     codes = model.quantizer.codebook.vectors.grad
@@ -111,6 +110,15 @@ def test_repeats_are_in_no_metric_and_no_count():
     expected = [polylines.bundle_adjacency(points[n, :4], made[n, :4], 0.05) for n in range(3)]
     assert found["buan"].item() == pytest.approx(sum(expected))
     assert found["mdf"].item() == pytest.approx(polylines.mdf(made[:, :4], points[:, :4]).sum().item(), rel=1e-5)
+
+
+def test_a_row_that_is_one_chunk_is_put_in_another_order_each_step():
+    model, some = model_of(chunk=CHUNK), batch(rows=1)
+    own = model.scaled(some.columns["points"][0])
+    drawn = [model.drawn(some, Share(1, {}, step=step))[0][0] for step in range(3)]
+    orders = [[(own == line).flatten(1).all(1).nonzero().item() for line in points] for points in drawn]
+    assert all(sorted(order) == list(range(CHUNK)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
 
 
 @pytest.mark.parametrize("held", [1, 3, 4, CHUNK])
