@@ -163,8 +163,13 @@ def batch_from(tensors: Mapping[str, torch.Tensor], lengths: Mapping[str, torch.
 
 
 def stored_as(values: torch.Tensor, item: pa.Field) -> torch.Tensor:
-    """Floating point values in the type of a tensor column of such; all else as it is."""
-    if not (isinstance(item.type, pa.FixedShapeTensorType) and values.is_floating_point()):
+    """Floating point values in the type of a tensor column of such, masks in that of one of integers; all else as it
+    is."""
+    if not isinstance(item.type, pa.FixedShapeTensorType):
+        return values
+    if values.dtype == torch.bool and pa.types.is_integer(item.type.value_type):
+        return values.to(torch.from_numpy(np.empty(0, item.type.value_type.to_pandas_dtype())).dtype)
+    if not values.is_floating_point():
         return values
     if (item.metadata or {}).get(b"dtype") == b"bfloat16":
         return values.to(torch.bfloat16)

@@ -27,7 +27,10 @@ COMPRESSED_SLICE_BYTES = 256 << 20
 MOST_POINTS = 1_000_000
 """Of one streamline. More is damage: at a tenth of a millimetre a step it would be 100 m long."""
 MOST_UNITS = 1 << 18
-"""Streamlines of a slice: a chunk may hold any of its slice, so a worker has all of them in memory."""
+"""Streamlines of a slice: a chunk may hold any of its slice, so a worker has all of them in memory, 0.2 GB at 64 points
+each."""
+TOO_LONG = f"damaged: a streamline of more than {MOST_POINTS:,} points; copy or write the file again"
+CUT_OFF = "the file is cut off before this streamline: copy or write it again"
 MOST_RATIO, SMALL_MEMBER = 100, 16 << 20
 """An archive's member may unpack to so many times its size, or to so many bytes: coordinates shrink to a half or so."""
 
@@ -201,7 +204,7 @@ def refused_member(info: zipfile.ZipInfo, archive_bytes: int) -> str | None:
     if info.compress_size > archive_bytes:
         return BROKEN_ARCHIVE
     if info.file_size > max(SMALL_MEMBER, MOST_RATIO * info.compress_size):
-        return f"it unpacks to more than {MOST_RATIO} times its size: a decompression bomb, or pack it uncompressed"
+        return f"it unpacks to more than {MOST_RATIO} times its size, as bombs do: pack it uncompressed"
     return None
 
 

@@ -10,7 +10,7 @@ from pipelines.corpora._streamline_files import Points
 MOST_MM = 1e6
 """A coordinate beyond a kilometre is no place in a head."""
 FEW_POINTS = "fewer than two points: two or more are needed; mend it or leave it out of the file"
-NO_LENGTH = "a length of zero: its points are one, two places are needed; mend it or leave it out of the file"
+NO_LENGTH = "a length of zero: all its points are one place, two are needed; mend it or leave it out of the file"
 NOT_FINITE = "coordinates that are not finite: mm are needed; mend it or leave it out of the file"
 TOO_FAR = "coordinates beyond a kilometre: mm of a head are needed; look for a wrong affine or damage"
 

@@ -6,7 +6,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipelines.corpora._streamline_files import MOST_POINTS, Cut, Cutter, Found, Unreadable, Wanted
+from pipelines.corpora._streamline_files import MOST_POINTS, TOO_LONG, Cut, Cutter, Found, Unreadable, Wanted
 
 MOST_HEADER_BYTES = 1 << 20
 BLOCK_POINTS = 1 << 20
@@ -99,7 +99,7 @@ def _scan(file: BinaryIO, first: int, size: int, order: str, cutter: Cutter) -> 
         if (gaps > MOST_POINTS).any() or (not len(ends) and base + len(block) - before > MOST_POINTS):
             good = ends[: int(np.argmax(gaps > MOST_POINTS))] if len(ends) else ends
             cutter.add(first + (good[gaps[: len(good)] > 0] + 1) * POINT)
-            return f"damaged: a streamline of more than {MOST_POINTS:,} points; copy or write the file again"
+            return TOO_LONG
         cutter.add(first + (ends[gaps > 0] + 1) * POINT)
         before = int(ends[-1]) if len(ends) else before
         base += len(block)

@@ -6,7 +6,17 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
-from pipelines.corpora._streamline_files import MOST_POINTS, MOST_UNITS, Cut, Cutter, Found, Unreadable, Wanted
+from pipelines.corpora._streamline_files import (
+    CUT_OFF,
+    MOST_POINTS,
+    MOST_UNITS,
+    TOO_LONG,
+    Cut,
+    Cutter,
+    Found,
+    Unreadable,
+    Wanted,
+)
 
 HEADER_BYTES = 1000
 WALK_ABOVE = 16 << 20
@@ -15,10 +25,9 @@ begin, and that reads them once more (about 1 GB/s from a local disk)."""
 BLOCK = 8 << 20
 MOST_LISTED = 100_000
 """Lost streamlines of a walked file that are a unit each; of more, quarantine rows would fill the memory."""
-POINTS_AT_ONCE = 1 << 15
+MOVED_AT_ONCE = 1 << 15
 WITH_IMAGE = "write the file again with its image as reference"
 SINGULAR = f"the header's affine (vox_to_ras) is singular: it must turn voxels into mm; {WITH_IMAGE}"
-CUT_OFF = "the file is cut off before this streamline: copy or write it again"
 NO_ROOM = "its header promises more streamlines than it has room for: copy or write it again"
 NEGATIVE = "damaged: a streamline of a negative number of points; copy or write the file again"
 
@@ -83,7 +92,7 @@ def read(file: BinaryIO, meta: Mapping[str, Any], units: int, wanted: Wanted) ->
         if wanted(unit):
             waiting.append((unit, points))
             size += len(points)
-        if size > POINTS_AT_ONCE:
+        if size > MOVED_AT_ONCE:
             yield from _moved(waiting, affine)
             waiting, size = [], 0
     yield from _moved(waiting, affine)
@@ -138,7 +147,10 @@ def _header(file: BinaryIO) -> Header:
     scalars, properties = int(found["nb_scalars_per_point"]), int(found["nb_properties_per_streamline"])
     streamlines = int(found["nb_streamlines"])
     if min(scalars, properties, streamlines) < 0:
-        raise Unreadable("the header holds negative counts: 0 or more scalars, properties and streamlines are allowed")
+        raise Unreadable(
+            f"the header says {scalars} scalars, {properties} properties and {streamlines} streamlines: none may be"
+            " negative; write the file again"
+        )
     affine = [float(value) for value in _affine(found).ravel()]
     lacks = (["vox_to_ras"] if _no_affine(found) else []) + ([] if found["voxel_order"] else ["voxel_order"])
     return Header(streamlines, 3 + scalars, properties, order, affine, lacks)
@@ -217,11 +229,7 @@ def _ends(file: BinaryIO, size: int, header: Header) -> Iterator[int | str]:
                 return
         (points,) = count.unpack_from(data, at)
         if not 0 <= points <= MOST_POINTS:
-            yield (
-                NEGATIVE
-                if points < 0
-                else f"damaged: a streamline of more than {MOST_POINTS:,} points; copy or write the file again"
-            )
+            yield NEGATIVE if points < 0 else TOO_LONG
             return
         at += 4 + 4 * (points * header.floats + header.properties)
         if base + at > size:

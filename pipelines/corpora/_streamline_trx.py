@@ -12,8 +12,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from pipelines.corpora._streamline_files import (
+    CUT_OFF,
     MOST_POINTS,
     MOST_UNITS,
+    TOO_LONG,
     Cut,
     Found,
     Unreadable,
@@ -66,14 +68,14 @@ def read(file: BinaryIO, meta: Mapping[str, Any], units: int, wanted: Wanted) ->
         if len(bounds) <= units or bounds[0] < 0 or (lengths < 0).any() or 3 * bounds[-1] > positions.items:
             raise Unreadable("damaged: its offsets do not rise from 0 to the number of points; write it again")
         if (lengths > MOST_POINTS).any():
-            raise Unreadable(f"damaged: a streamline of more than {MOST_POINTS:,} points; copy or write the file again")
+            raise Unreadable(TOO_LONG)
         point = 3 * positions.kind.itemsize
         with member_of(archive, file, positions.info) as member:
             member.seek(int(bounds[0]) * point)
             for unit, length in enumerate(lengths.tolist()):
                 data = member.read(length * point)
                 if len(data) < length * point:
-                    raise Unreadable("the file is cut off before this streamline: copy or write it again")
+                    raise Unreadable(CUT_OFF)
                 if wanted(unit):
                     with np.errstate(over="ignore"):
                         found = np.frombuffer(data, positions.kind).reshape(-1, 3).astype("<f4")

@@ -66,6 +66,11 @@ def write_decoded(
                     left[name] -= 1
                     if not left[name]:
                         _write(held.pop(name), there[name], storage.join(out, DECODED, *PurePosixPath(name).parts))
+    if lacking := sorted(name for name, rows in left.items() if rows):
+        raise Failed(
+            f"{len(lacking):,} of {len(left):,} files, such as {lacking[0]!r}, have rows that were not decoded: their"
+            " values are not finite. Look at them, or ingest again without them. The other files are written."
+        )
     return len(left)
 
 

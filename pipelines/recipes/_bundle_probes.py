@@ -31,6 +31,8 @@ class Coded(Protocol):
     @property
     def latents(self) -> Float[Tensor, "h w D"]: ...
     @property
+    def points(self) -> Float[Tensor, "S n 3"]: ...
+    @property
     def real(self) -> Bool[Tensor, " S"]: ...
     @property
     def places(self) -> Bool[Tensor, "h w"]: ...
@@ -45,6 +47,8 @@ class Decoder(Protocol):
     def look_up(self) -> Any: ...
     @property
     def coded_lines(self) -> Any: ...
+    @property
+    def apart(self) -> bool: ...
 
 
 def recognition(train: Sequence[Coded], test: Sequence[Coded], num_codes: int) -> dict[str, Any]:
@@ -111,10 +115,10 @@ def _votes(train: Sequence[Coded], test: Sequence[Coded]) -> npt.NDArray[np.int6
 def synthesis(
     train: Sequence[Coded], test: Sequence[Coded], model: Decoder, count: int, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """New chunks of each bundle: halfway between the latents of two test chunks, where both have streamlines, and codes
-    drawn at each position from those of the bundle's train chunks. Judged by BUAN to the nearest train chunk of the
-    bundle, and by how far mean length and bending are from the bundle's (as a share of them). `real` is the same of
-    test chunks themselves."""
+    """New chunks of each bundle: halfway between the latents of two test chunks, and codes drawn at each position (or,
+    where each streamline has codes of its own, for each streamline) from those of the bundle's train chunks. Judged by
+    BUAN to the nearest train chunk of the bundle, and by how far mean length and bending are from the bundle's (as a
+    share of them). `real` is the same of test chunks themselves."""
     known = _by_bundle(train)
     made: dict[str, list[tuple[int, Tensor]]] = {"real": [], "interpolated": [], "drawn": []}
     for label, own in _by_bundle(test).items():
@@ -122,12 +126,13 @@ def synthesis(
             continue
         made["real"] += [(label, one.lines) for one in own[:count]]
         for one, other in list(pairwise(own))[:count]:
-            both = one.real & other.real
-            made["interpolated"].append((label, _rendered(model, (one.latents + other.latents) / 2, both)))
+            latents, real = _halfway(one, other, model.apart)
+            made["interpolated"].append((label, _rendered(model, latents, real)))
         if model.look_up is not None and known[label][0].codes is not None:
             for number in range(count):
-                codes = _drawn(known[label], seed + 1000 * label + number)
-                there = model.coded_lines(codes.unsqueeze(0))[0]
+                codes = _drawn(known[label], seed + 1000 * label + number, model.apart)
+                held = torch.stack([one.real for one in known[label]]).any(0)
+                there = model.coded_lines(codes.unsqueeze(0))[0] & held
                 made["drawn"].append((label, _rendered(model, model.look_up(codes), there)))
     return {name: _judged(chunks, known) for name, chunks in made.items() if chunks}
 
@@ -145,10 +150,22 @@ def _rendered(model: Decoder, latents: Tensor, real: Bool[Tensor, " S"]) -> Floa
     return made
 
 
-def _drawn(chunks: Sequence[Coded], seed: int) -> Int64[Tensor, "h w"]:
-    """At each position the code that one of the chunks has there, drawn alike; -1 where none has one."""
+def _halfway(one: Coded, other: Coded, apart: bool) -> tuple[Float[Tensor, "h w D"], Bool[Tensor, " S"]]:
+    """Latents between two chunks, and which streamlines there are. Where each has its own, those of the nearest."""
+    if not apart:
+        return (one.latents + other.latents) / 2, one.real & other.real
+    nearest = torch.cdist(one.points.flatten(1), other.points.flatten(1))
+    nearest = nearest.masked_fill(~other.real, torch.inf).argmin(1)
+    return (one.latents + other.latents[nearest]) / 2, one.real
+
+
+def _drawn(chunks: Sequence[Coded], seed: int, apart: bool = False) -> Int64[Tensor, "h w"]:
+    """At each position the code that one of the chunks has there, drawn alike; -1 where none has one. Where each
+    streamline has its own, all of one streamline."""
     every = torch.stack([one.codes for one in chunks if one.codes is not None])
     draws = noise.shared_uniform(seed, 0, every[0].numel()).view(every.shape[1:])
+    if apart:
+        draws = draws[:, :1].expand_as(draws)
     held = every != -1
     first = (~held).byte().argsort(dim=0, stable=True)
     chosen = first.gather(0, (draws * held.sum(0)).long().unsqueeze(0))

@@ -67,6 +67,10 @@ class BundleModel:
     """(latents, real) -> points."""
     places: Callable[[Tensor], Tensor]
     """real -> positions [C, h, w] with a real streamline."""
+    stored: Callable[[Tensor], Tensor]
+    """real -> positions [C, h, w] that decoding needs."""
+    apart: bool
+    """Whether each streamline has latents of its own, h of them."""
     codes: Callable[[Tensor, Tensor], Tensor] | None
     """(points, real) -> codes [C, h, w], all that decoding needs; None without a codebook."""
     coded_lines: Callable[[Tensor], Tensor]

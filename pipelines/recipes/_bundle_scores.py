@@ -30,26 +30,30 @@ class Scored(Protocol):
     def made(self) -> Float[Tensor, "S n 3"]: ...
     @property
     def of_codes(self) -> Float[Tensor, "S n 3"] | None: ...
-    @property
-    def places(self) -> Bool[Tensor, "h w"]: ...
 
 
-class Decoder(Protocol):
+class Mixer(Protocol):
+    """As much of the model as the rate of a mixture needs."""
+
     @property
     def num_codes(self) -> int: ...
+    @property
+    def stored(self) -> Callable[[Tensor], Tensor]: ...
     @property
     def render(self) -> Callable[[Tensor, Tensor], Tensor]: ...
 
 
 def rate(
-    found: Sequence[Scored], apportioned: Callable[[Tensor, Tensor, int], Tensor], model: Decoder, to_mm: float
+    found: Sequence[Scored], apportioned: Callable[[Tensor, Tensor, int], Tensor], model: Mixer, to_mm: float
 ) -> list[dict[str, float]]:
     """What is left of a mixture where it is told by 1 to 256 codes a position, and the bits of a streamline that takes.
 
     A position's codes have no order: there are C(K + m - 1, m) ways to choose m of K.
     """
     rows: list[dict[str, float]] = []
-    positions = sum(int(one.places.sum()) for one in found) / sum(len(one.lines) for one in found)
+    positions = sum(int(model.stored(one.real.unsqueeze(0)).sum()) for one in found) / sum(
+        len(one.lines) for one in found
+    )
     for draws in DRAWS:
         pairs = []
         for one in found:

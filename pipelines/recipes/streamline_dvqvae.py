@@ -40,6 +40,7 @@ from pipelines.recipes import _bundle_scores as scores
 from pipelines.recipes import _bundle_views as bundle_views
 from pipelines.recipes import _dvqvae_claims as paper
 from vqcore import losses, mixture, noise
+from vqcore.estimators import straight_through
 from vqcore.networks import gaussian
 from vqcore.networks.line_sets import PIECE, SetDecoder, SetEncoder
 from vqcore.networks.strided import FACTOR, StridedDecoder, StridedEncoder
@@ -52,7 +53,7 @@ FACTORS = {"grid": (FACTOR, FACTOR), "set": (1, PIECE)}
 
 class StreamlineSettings(Settings):
     network: Literal["grid", "set"] = Field(
-        "grid", description="grid is the paper's; set is ours: streamlines without an order, four times as cheap"
+        "grid", description="grid is the paper's; set is ours: streamlines without an order, and cheaper"
     )
     bottleneck: Literal["ae", "vae", "vq", "vq_ema", "gumbel"] = Field(
         "gumbel", description="gumbel is the paper's; vq learns codes by gradient, vq_ema by moving averages"
@@ -111,10 +112,11 @@ def resolve(settings: StreamlineSettings, columns: dict[str, Any]) -> Streamline
     more = gaussian.FACTOR if settings.bottleneck == "vae" else 1
     for name, size, factor in (("num_points", num_points, along * more), ("chunk", settings.chunk, across * more)):
         if size % factor:
+            nearest = sorted({max(size // factor, 1) * factor, (size // factor + 1) * factor})
+            where = "ingest again with --set num_points=" if name == "num_points" else "train with --set chunk="
             raise Refused(
                 f"{name}={size} is no multiple of {factor}, which network={settings.network} with"
-                f" bottleneck={settings.bottleneck} needs:"
-                f" {size // factor * factor or factor} and {(size // factor + 1) * factor} are the nearest."
+                f" bottleneck={settings.bottleneck} needs: {where}{' or '.join(map(str, nearest))}."
             )
     return settings.model_copy(update={"row_chunk": row_chunk, "num_points": num_points})
 
@@ -175,6 +177,12 @@ class BundleAutoencoder(nn.Module):
         """Positions of the grid with a real streamline below them."""
         return real.unflatten(1, (-1, self.across)).any(2).unsqueeze(2).expand(-1, -1, self.grid[1])
 
+    def stored(self, real: Bool[Tensor, "C chunk"]) -> Bool[Tensor, "C h w"]:
+        """Positions that decoding needs: those of repeats too, where the decoder sees them."""
+        if not self.sees_repeats:
+            return self.places(real)
+        return real.any(1).view(-1, 1, 1).expand(-1, *self.grid)
+
     def keys(self, chunks: Int64[Tensor, " C"]) -> Int64[Tensor, "C h w"]:
         """A key of each position, from one of its chunk."""
         positions = math.prod(self.grid)
@@ -185,14 +193,14 @@ class BundleAutoencoder(nn.Module):
         self, z: Float[Tensor, "C h w D"], vectors: Float[Tensor, "C h w D"], real: Bool[Tensor, "C chunk"]
     ) -> Float[Tensor, "C h w D"]:
         """Quantized vectors with those of repeats too, which the quantizer has left out: the paper's decoder sees them
-        beside the last real streamlines, and codes are stored of them."""
+        beside the last real streamlines, and codes are stored of them. They have no Gumbel noise and no commitment."""
         repeats = ~self.places(real)
         if self.quantizer is None or not self.sees_repeats or not repeats.any():
             return vectors
         if isinstance(self.quantizer, GumbelQuantizer):
             found = mixture.mix(z[repeats], self.quantizer.codebook.vectors, self.settings.temperature)
         else:
-            found = self.quantizer.look_up(self.quantizer.assign(z[repeats]))
+            found = straight_through(z[repeats], self.quantizer.look_up(self.quantizer.assign(z[repeats])))
         return vectors.index_put((repeats,), found.to(vectors))
 
     def all_chunks(self, batch: Batch) -> tuple[Float[Tensor, "C chunk n 3"], Bool[Tensor, "C chunk"]]:
@@ -281,6 +289,8 @@ def seed(model: BundleAutoencoder, batches: Iterable[Batch]) -> str:
     every[:, reduce.rank] = torch.stack([low, high]).double().nan_to_num(posinf=1e30, neginf=-1e30)
     reduce(every)
     low, high = every[0].min(), every[1].max()
+    if low == 1e30:
+        raise Failed("no train row holds a finite streamline, so there is no scale: look at the shards' train split.")
     if not low < high:
         raise Failed(f"all coordinates of the train rows are {float(low):g} mm, so there is nothing to learn.")
     model.extent.copy_(torch.stack([low, high]))
@@ -319,12 +329,15 @@ def encode(model: BundleAutoencoder, batch: Batch) -> Int64[Tensor, "B chunks h 
 def _codes(
     model: BundleAutoencoder, points: Float[Tensor, "C chunk n 3"], real: Bool[Tensor, "C chunk"]
 ) -> Int64[Tensor, "C h w"]:
-    codes = _coded(model).assign(model.latents(points, real))
-    return codes if model.sees_repeats else codes.masked_fill(~model.places(real), -1)
+    return _coded(model).assign(model.latents(points, real)).masked_fill(~model.stored(real), -1)
 
 
 def decode(model: BundleAutoencoder, codes: Int64[Tensor, "B chunks h w"]) -> dict[str, Tensor]:
-    """Points in mm, [B, row_chunk, n, 3], and which streamlines there are: those that have codes."""
+    """Points in mm, [B, row_chunk, n, 3], and which streamlines there are: those that have codes.
+
+    With network=grid that is every one of a chunk, its repeats among them: codes do not say how many were real. The
+    report's files, which know the shards, leave repeats out.
+    """
     s, book = model.settings, _coded(model)
     flat = codes.flatten(0, 1)
     real = _coded_lines(model, flat)
@@ -332,7 +345,10 @@ def decode(model: BundleAutoencoder, codes: Int64[Tensor, "B chunks h w"]) -> di
     points = model.extent.new_zeros(len(flat), s.chunk, s.num_points or 0, 3)
     points[held] = model.millimetres(model.render(book.look_up(flat[held]), real[held]))
     points = points.masked_fill(~real[:, :, None, None], 0.0)
-    return {"points": points.unflatten(0, (-1, model.chunks)).flatten(1, 2), "real": real.view(len(codes), -1)}
+    return {
+        "points": points.unflatten(0, (-1, model.chunks)).flatten(1, 2),
+        "real": real.view(len(codes), model.chunks * s.chunk),
+    }
 
 
 def _coded_lines(model: BundleAutoencoder, codes: Int64[Tensor, "C h w"]) -> Bool[Tensor, "C chunk"]:
@@ -378,9 +394,13 @@ def _apportioned(
 def measure(model: BundleAutoencoder, batch: Batch) -> Measured:
     points, real = model.all_chunks(batch)
     held = real.any(1)
-    points, real, codes = points[held], real[held], torch.full((len(batch.keys), model.chunks, *model.grid), -1)
+    points, real, codes = (
+        points[held],
+        real[held],
+        torch.full((len(batch.keys), model.chunks, *model.grid), -1, device=batch.keys.device),
+    )
     z, found = model.latents(points, real), {"streamlines": real.sum().double(), "chunks": held.sum().double()}
-    positions, to_mm = model.places(real).sum().double(), float(model.extent[1] - model.extent[0]) / 2
+    positions, to_mm = model.stored(real).sum().double(), float(model.extent[1] - model.extent[0]) / 2
     if model.quantizer is not None:
         nearest = model.quantizer.assign(z)
         codes = chunking.spread(nearest.masked_fill(~model.places(real), -1), held, model.chunks)
@@ -432,6 +452,8 @@ def bundle_model(model: BundleAutoencoder) -> reports.BundleModel:
         latents=lambda points, real, keys: _through(model, model.latents(points, real), real, keys),
         render=model.render,
         places=model.places,
+        stored=model.stored,
+        apart=not model.sees_repeats,
         codes=None if book is None else lambda points, real: _codes(model, points, real),
         coded_lines=lambda codes: _coded_lines(model, codes),
         look_up=None if book is None else book.look_up,

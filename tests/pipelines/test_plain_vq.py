@@ -147,3 +147,10 @@ def test_decoded_vectors_have_the_type_that_their_corpus_stores(dtype):
     assert kept.equal(values.to(kept.dtype))
     stored = batch_from({"vector": kept}, {}).schema.field("vector")
     assert (stored.type, stored.metadata) == (item.type, item.metadata)
+
+
+def test_decoded_masks_have_the_type_that_their_corpus_stores():
+    corpus = corpora.load("streamlines")
+    item = corpus.schema(corpus.Settings(rows="chunks", chunk=4)).field("real")
+    kept = stored_as(torch.tensor([[True, True, False, False]]), item)
+    assert batch_from({"real": kept}, {}).schema.field("real").type == item.type

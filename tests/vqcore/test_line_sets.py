@@ -44,6 +44,24 @@ def test_each_line_listens_to_all_real_ones_and_to_no_other():
     assert heard.tolist() == [[False] * 7, [True] * 4 + [False] * 3]
 
 
+def test_what_is_no_line_may_hold_anything():
+    layer = SetLayer(6, 5).double()
+    x, real = torch.randn(1, 4, 3, 6).double(), torch.tensor([[True, True, False, True]])
+    plain = layer(x, real)
+    x[0, 2] = torch.nan
+    assert torch.equal(layer(x, real)[real], plain[real])
+
+
+def test_pieces_begin_smooth_and_any_can_be_said():
+    _, decoder = networks()
+    assert torch.linalg.matrix_rank(decoder.waves) == PIECE
+    torch.testing.assert_close(decoder.waves[0], torch.ones(PIECE).double())
+    made = decoder(torch.randn(2, 7, 1, 4).double(), some()[1])
+    rough = made.diff(dim=2).diff(dim=2).square().mean()
+    # Of points said one by one the ratio is 3.
+    assert rough < made.diff(dim=2).square().mean()
+
+
 def test_the_layer_is_its_equation():
     """Three positions as a convolution that torch has."""
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from nibabel.streamlines import Tractogram, TrkFile
 
 from pipelines.columns import batch_of
 from pipelines.corpora import Row, streamlines
-from pipelines.errors import Refused
+from pipelines.errors import Failed, Refused
 from pipelines.manifest import SPLITS, Manifest, Units, describe, save_manifest
 from pipelines.reading import Selection
 from pipelines.recipes import _bundle_files as bundle_files
@@ -86,6 +86,18 @@ def test_a_file_is_written_when_its_last_row_is_decoded(home, tmp_path):
     bundle_files.write_decoded(reader, "test", (str(home),), decoded, str(out))
     assert there == sorted(there)
     assert set(there) >= {1, 2, 3}, "one after the other, not all at the end"
+
+
+def test_a_row_that_is_not_decoded_costs_its_own_file_and_is_said(home, tmp_path):
+    reader, out = shards_of(home, tmp_path / "shards"), tmp_path / "out"
+    left_out = iter([True])
+
+    def decoded(batch):
+        yield from (pair for pair in itself(batch) if not next(left_out, False))
+
+    with pytest.raises(Failed, match=r"1 of 3 files, such as '.*', have rows that were not decoded"):
+        bundle_files.write_decoded(reader, "test", (str(home),), decoded, str(out))
+    assert sum(path.is_file() for path in out.rglob("*")) == 2
 
 
 def test_files_hold_the_streamlines_of_the_split_in_their_order_and_space(home, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,7 +108,7 @@ def test_new_chunks_are_judged_by_the_nearest_train_chunk_of_their_bundle():
     train = [chunk(1, 0), chunk(1, 1, 0.5), chunk(2, 2)]
     test = [chunk(1, 0), chunk(1, 1, 0.5), chunk(2, 2)]
     decoder = SimpleNamespace(
-        num_codes=3, look_up=lambda codes: codes.unsqueeze(-1).double(), render=_render, coded_lines=EVERY
+        apart=False, num_codes=3, look_up=lambda codes: codes.unsqueeze(-1).double(), render=_render, coded_lines=EVERY
     )
     found = probes.synthesis(train, test, decoder, 2, seed=0)
     assert found["real"] == {"chunks": 3, "buan": 1, "length_off": pytest.approx(0), "bending_off": pytest.approx(0)}
@@ -145,8 +146,20 @@ def test_no_code_is_drawn_where_no_chunk_has_one():
         assert probes._drawn(some, seed)[0, 2:].tolist() == [5, -1]
 
 
+def test_streamlines_with_latents_of_their_own_are_drawn_whole_and_met_halfway_by_the_nearest():
+    some = [replace(chunk(1, code), codes=torch.full((4, 3), code)) for code in range(5)]
+    drawn = [probes._drawn(some, seed, apart=True) for seed in range(9)]
+    assert all((lines == lines[:, :1]).all() for lines in drawn)
+    assert any(len(lines.unique()) > 1 for lines in drawn)
+    one = replace(chunk(1, 0), latents=torch.arange(4.0).view(4, 1, 1))
+    other = replace(one, points=one.points.flip(0), latents=10 * one.latents.flip(0), real=torch.arange(4) > 0)
+    latents, real = probes._halfway(one, other, apart=True)
+    assert latents.flatten().tolist() == [0, 5.5, 11, (3 + 20) / 2], "the last one's own is not real"
+    assert torch.equal(real, one.real)
+
+
 def test_a_mixture_told_by_one_code_is_its_nearest_and_by_many_it_is_itself(shards):
-    model = model_of(temperature=3.0, num_codes=8)
+    model = model_of(temperature=3.0, num_codes=8, chunk=CHUNK)
     told = dvqvae.bundle_model(model)
     found = list(reports.chunks_of(ShardReader(shards), "test", told))
     rows = scores.rate(found, told.apportioned, told, 80.0)
@@ -157,7 +170,8 @@ def test_a_mixture_told_by_one_code_is_its_nearest_and_by_many_it_is_itself(shar
         many, few = (told.apportioned(one.points[None], one.real[None], draws)[0][one.places] for draws in (1 << 14, 4))
     mixed = one.latents[one.places]
     assert (many - mixed).abs().max() < 1e-3 < (few - mixed).abs().max()
-    positions = sum(int(one.places.sum()) for one in found) / sum(len(one.lines) for one in found)
+    assert any(int(one.places.sum()) < one.places.numel() for one in found)
+    positions = sum(one.places.numel() for one in found) / sum(len(one.lines) for one in found)
     assert rows[0]["bits"] == pytest.approx(positions * 3)
     # Four codes of eight without an order: C(11, 4) = 330 ways.
     assert rows[1]["bits"] == pytest.approx(positions * math.log2(330))
