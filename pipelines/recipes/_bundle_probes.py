@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from pipelines.recipes._bundle_model import BundleModel, Chunk
 from pipelines.recipes._bundle_scores import THRESHOLD
 from vqcore import metrics, noise, polylines
 
@@ -19,39 +20,7 @@ TRAIN_LINES = 200
 """Streamlines of a bundle's train chunks that the nearest one is looked for in, at most."""
 
 
-class Coded(Protocol):
-    """A chunk, as far as probes look at it."""
-
-    @property
-    def label(self) -> int: ...
-    @property
-    def lines(self) -> Float[Tensor, "R n 3"]: ...
-    @property
-    def codes(self) -> Int64[Tensor, "h w"] | None: ...
-    @property
-    def latents(self) -> Float[Tensor, "h w D"]: ...
-    @property
-    def points(self) -> Float[Tensor, "S n 3"]: ...
-    @property
-    def real(self) -> Bool[Tensor, " S"]: ...
-    @property
-    def places(self) -> Bool[Tensor, "h w"]: ...
-
-
-class Decoder(Protocol):
-    """As much of the model as synthesis needs."""
-
-    @property
-    def render(self) -> Any: ...
-    @property
-    def look_up(self) -> Any: ...
-    @property
-    def coded_lines(self) -> Any: ...
-    @property
-    def apart(self) -> bool: ...
-
-
-def recognition(train: Sequence[Coded], test: Sequence[Coded], num_codes: int) -> dict[str, Any]:
+def recognition(train: Sequence[Chunk], test: Sequence[Chunk], num_codes: int) -> dict[str, Any]:
     """Share of test chunks whose bundle is told: by the counts of their codes (1-NN by cosine, logistic regression), by
     the mean of their latents (1-NN), and by raw streamlines, each voting for the bundle of the nearest train one."""
     here, there = (np.array([one.label for one in side]) for side in (train, test))
@@ -71,7 +40,7 @@ def recognition(train: Sequence[Coded], test: Sequence[Coded], num_codes: int) -
     return {"accuracy": found, "chunks": int(asked.sum()), "of_bundles_without_train_chunks": int((~asked).sum())}
 
 
-def _histogram(chunk: Coded, num_codes: int) -> npt.NDArray[np.float64]:
+def _histogram(chunk: Chunk, num_codes: int) -> npt.NDArray[np.float64]:
     assert chunk.codes is not None
     counts: npt.NDArray[np.float64] = metrics.counts_of(chunk.codes[chunk.places], num_codes).double().sqrt().numpy()
     return counts
@@ -98,7 +67,7 @@ def _linear(known: npt.NDArray[Any], labels: npt.NDArray[Any], new: npt.NDArray[
     return predicted
 
 
-def _votes(train: Sequence[Coded], test: Sequence[Coded]) -> npt.NDArray[np.int64]:
+def _votes(train: Sequence[Chunk], test: Sequence[Chunk]) -> npt.NDArray[np.int64]:
     taken: dict[int, list[Tensor]] = {}
     for one in train:
         taken.setdefault(one.label, []).append(one.lines)
@@ -113,7 +82,7 @@ def _votes(train: Sequence[Coded], test: Sequence[Coded]) -> npt.NDArray[np.int6
 
 
 def synthesis(
-    train: Sequence[Coded], test: Sequence[Coded], model: Decoder, count: int, seed: int
+    train: Sequence[Chunk], test: Sequence[Chunk], model: BundleModel, count: int, seed: int
 ) -> dict[str, dict[str, Any]]:
     """New chunks of each bundle: halfway between the latents of two test chunks, and codes drawn at each position (or,
     where each streamline has codes of its own, for each streamline) from those of the bundle's train chunks. Judged by
@@ -137,20 +106,20 @@ def synthesis(
     return {name: _judged(chunks, known) for name, chunks in made.items() if chunks}
 
 
-def _by_bundle(chunks: Sequence[Coded]) -> dict[int, list[Coded]]:
-    found: dict[int, list[Coded]] = {}
+def _by_bundle(chunks: Sequence[Chunk]) -> dict[int, list[Chunk]]:
+    found: dict[int, list[Chunk]] = {}
     for one in chunks:
         found.setdefault(one.label, []).append(one)
     return found
 
 
-def _rendered(model: Decoder, latents: Tensor, real: Bool[Tensor, " S"]) -> Float[Tensor, "R n 3"]:
+def _rendered(model: BundleModel, latents: Tensor, real: Bool[Tensor, " S"]) -> Float[Tensor, "R n 3"]:
     with torch.inference_mode():
         made: Tensor = model.render(latents.unsqueeze(0), real.unsqueeze(0))[0][real]
     return made
 
 
-def _halfway(one: Coded, other: Coded, apart: bool) -> tuple[Float[Tensor, "h w D"], Bool[Tensor, " S"]]:
+def _halfway(one: Chunk, other: Chunk, apart: bool) -> tuple[Float[Tensor, "h w D"], Bool[Tensor, " S"]]:
     """Latents between two chunks, and which streamlines there are. Where each has its own, those of the nearest."""
     if not apart:
         return (one.latents + other.latents) / 2, one.real & other.real
@@ -159,7 +128,7 @@ def _halfway(one: Coded, other: Coded, apart: bool) -> tuple[Float[Tensor, "h w 
     return (one.latents + other.latents[nearest]) / 2, one.real
 
 
-def _drawn(chunks: Sequence[Coded], seed: int, apart: bool = False) -> Int64[Tensor, "h w"]:
+def _drawn(chunks: Sequence[Chunk], seed: int, apart: bool = False) -> Int64[Tensor, "h w"]:
     """At each position the code that one of the chunks has there, drawn alike; -1 where none has one. Where each
     streamline has its own, all of one streamline."""
     every = torch.stack([one.codes for one in chunks if one.codes is not None])
@@ -172,7 +141,7 @@ def _drawn(chunks: Sequence[Coded], seed: int, apart: bool = False) -> Int64[Ten
     return every.gather(0, chosen)[0]
 
 
-def _judged(chunks: Sequence[tuple[int, Tensor]], known: Mapping[int, Sequence[Coded]]) -> dict[str, Any]:
+def _judged(chunks: Sequence[tuple[int, Tensor]], known: Mapping[int, Sequence[Chunk]]) -> dict[str, Any]:
     buan: list[float] = []
     length: list[float] = []
     bending: list[float] = []

@@ -6,13 +6,11 @@ is asked for; what is learned (probes, code tables) is learned from train rows a
 DVQ-VAE's code where it has one (BUAN at 0.05 of scaled coordinates, the shift of latents), and ours elsewhere.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
@@ -25,6 +23,7 @@ from pipelines.recipes import _bundle_page as pages
 from pipelines.recipes import _bundle_probes as probes
 from pipelines.recipes import _bundle_scores as scores
 from pipelines.recipes import _bundle_views as views
+from pipelines.recipes._bundle_model import BundleModel, Chunk
 from pipelines.shards import ShardReader
 from vqcore import polylines
 
@@ -51,56 +50,6 @@ class BundleReportSettings(BaseModel):
     @classmethod
     def _one_source(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
-
-
-@dataclass(frozen=True)
-class BundleModel:
-    """What a recipe says of a trained model for its report. Chunks are [C, S, n, 3], scaled; latents [C, h, w, D]."""
-
-    chunks: Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
-    """A batch -> (points, which streamlines are real, keys) of its chunks that hold something."""
-    rows: Callable[[Batch], Int64[Tensor, " C"]]
-    """The row of the batch that each of these comes from."""
-    latents: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """(points, real, keys) -> what the decoder is given."""
-    render: Callable[[Tensor, Tensor], Tensor]
-    """(latents, real) -> points."""
-    places: Callable[[Tensor], Tensor]
-    """real -> positions [C, h, w] with a real streamline."""
-    stored: Callable[[Tensor], Tensor]
-    """real -> positions [C, h, w] that decoding needs."""
-    apart: bool
-    """Whether each streamline has latents of its own, h of them."""
-    codes: Callable[[Tensor, Tensor], Tensor] | None
-    """(points, real) -> codes [C, h, w], all that decoding needs; None without a codebook."""
-    coded_lines: Callable[[Tensor], Tensor]
-    """codes -> which streamlines they are of."""
-    look_up: Callable[[Tensor], Tensor] | None
-    apportioned: Callable[[Tensor, Tensor, int], Tensor] | None
-    """(points, real, draws) -> latents as that many codes a position tell them; None where there is no mixture."""
-    num_codes: int
-    millimetres: Callable[[Tensor], Tensor]
-    what: str
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One chunk of the split."""
-
-    label: int
-    points: Float[Tensor, "S n 3"]
-    real: Bool[Tensor, " S"]
-    latents: Float[Tensor, "h w D"]
-    made: Float[Tensor, "S n 3"]
-    places: Bool[Tensor, "h w"]
-    """With a real streamline."""
-    codes: Int64[Tensor, "h w"] | None
-    of_codes: Float[Tensor, "S n 3"] | None
-    """What the codes alone decode to."""
-
-    @property
-    def lines(self) -> Float[Tensor, "R n 3"]:
-        return self.points[self.real]
 
 
 def write(job: ReportJob, model: BundleModel) -> dict[str, float]:

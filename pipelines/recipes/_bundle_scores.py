@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from pipelines.recipes._bundle_model import BundleModel, Chunk
 from vqcore import polylines
 
 THRESHOLD = 0.05
@@ -15,36 +16,8 @@ THRESHOLD = 0.05
 DRAWS = (1, 4, 16, 64, 256)
 
 
-class Scored(Protocol):
-    """A chunk, as far as scores look at it."""
-
-    @property
-    def label(self) -> int: ...
-    @property
-    def points(self) -> Float[Tensor, "S n 3"]: ...
-    @property
-    def real(self) -> Bool[Tensor, " S"]: ...
-    @property
-    def lines(self) -> Float[Tensor, "R n 3"]: ...
-    @property
-    def made(self) -> Float[Tensor, "S n 3"]: ...
-    @property
-    def of_codes(self) -> Float[Tensor, "S n 3"] | None: ...
-
-
-class Mixer(Protocol):
-    """As much of the model as the rate of a mixture needs."""
-
-    @property
-    def num_codes(self) -> int: ...
-    @property
-    def stored(self) -> Callable[[Tensor], Tensor]: ...
-    @property
-    def render(self) -> Callable[[Tensor, Tensor], Tensor]: ...
-
-
 def rate(
-    found: Sequence[Scored], apportioned: Callable[[Tensor, Tensor, int], Tensor], model: Mixer, to_mm: float
+    found: Sequence[Chunk], apportioned: Callable[[Tensor, Tensor, int], Tensor], model: BundleModel, to_mm: float
 ) -> list[dict[str, float]]:
     """What is left of a mixture where it is told by 1 to 256 codes a position, and the bits of a streamline that takes.
 
@@ -66,7 +39,7 @@ def rate(
     return rows
 
 
-def per_bundle(found: Sequence[Scored], names: list[str], to_mm: float) -> list[dict[str, Any]]:
+def per_bundle(found: Sequence[Chunk], names: list[str], to_mm: float) -> list[dict[str, Any]]:
     """Means over the chunks of each bundle, and over all: BUAN with its deviation, MDF in mm, root mean square mm."""
     rows = []
     for label, name in [*enumerate(names), (None, "all")]:

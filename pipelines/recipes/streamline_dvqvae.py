@@ -39,6 +39,7 @@ from pipelines.recipes import _bundle_report as reports
 from pipelines.recipes import _bundle_scores as scores
 from pipelines.recipes import _bundle_views as bundle_views
 from pipelines.recipes import _dvqvae_claims as paper
+from pipelines.recipes._bundle_model import BundleModel
 from vqcore import losses, mixture, noise
 from vqcore.estimators import straight_through
 from vqcore.networks import gaussian
@@ -432,7 +433,7 @@ def pictures(model: BundleAutoencoder, batch: Batch) -> dict[str, Figure]:
     return {"bundles": bundle_views.views(drawn)}
 
 
-def bundle_model(model: BundleAutoencoder) -> reports.BundleModel:
+def bundle_model(model: BundleAutoencoder) -> BundleModel:
     """The model as its report sees it: chunks that hold something, and what becomes of them."""
 
     def chunks(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -446,7 +447,7 @@ def bundle_model(model: BundleAutoencoder) -> reports.BundleModel:
 
     s, book = model.settings, model.quantizer
     of = f"{s.bottleneck}, {s.num_codes} codes of {s.code_dim} dimensions" if book is not None else s.bottleneck
-    return reports.BundleModel(
+    return BundleModel(
         chunks=chunks,
         rows=rows,
         latents=lambda points, real, keys: _through(model, model.latents(points, real), real, keys),

@@ -15,7 +15,7 @@ from pipelines.recipes import _bundle_probes as probes
 from pipelines.recipes import _bundle_report as reports
 from pipelines.recipes import _bundle_scores as scores
 from pipelines.recipes import streamline_dvqvae as dvqvae
-from pipelines.recipes._bundle_report import Chunk
+from pipelines.recipes._bundle_model import Chunk
 from pipelines.recipes.streamline_dvqvae import BundleAutoencoder, StreamlineSettings
 from pipelines.shards import ShardReader
 from tests.pipelines.bundle_shards import BUNDLES, CHUNK, POINTS, make_bundle_shards
