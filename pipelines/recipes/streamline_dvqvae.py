@@ -87,7 +87,7 @@ class StreamlineSettings(Settings):
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     # Two cores: half the width, fewer chunks a step.
-    "small": {"width": 64, "batch_size": 32, "steps": 6000},
+    "small": {"width": 64, "batch_size": 32, "steps": 4000},
 }
 
 
