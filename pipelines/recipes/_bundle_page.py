@@ -89,7 +89,7 @@ def _synthesis(report: Found) -> str:
         for name, one in report["synthesis"].items()
     ]
     text = (
-        "Chunks that nobody measured: halfway between two, and of codes drawn at each position from the bundle's."
+        "Chunks that nobody measured: halfway between one of this split and one of train, and of codes drawn at each position from the bundle's."
         " Lengths and bending are told as how far they are from the bundle's, as a share of it."
     )
     return charts.section(

@@ -1,7 +1,6 @@
 """What codes of a bundle say: which bundle it is, and whether new codes make streamlines like the real ones."""
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -84,7 +83,7 @@ def _votes(train: Sequence[Chunk], test: Sequence[Chunk]) -> npt.NDArray[np.int6
 def synthesis(
     train: Sequence[Chunk], test: Sequence[Chunk], model: BundleModel, count: int, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """New chunks of each bundle: halfway between the latents of two test chunks, and codes drawn at each position (or,
+    """New chunks of each bundle: halfway between the latents of a test and of a train chunk, and codes drawn at each position (or,
     where each streamline has codes of its own, for each streamline) from those of the bundle's train chunks. Judged by
     BUAN to the nearest train chunk of the bundle, and by how far mean length and bending are from the bundle's (as a
     share of them). `real` is the same of test chunks themselves."""
@@ -94,8 +93,8 @@ def synthesis(
         if label not in known:
             continue
         made["real"] += [(label, one.lines) for one in own[:count]]
-        for one, other in list(pairwise(own))[:count]:
-            latents, real = _halfway(one, other, model.apart)
+        for number, one in enumerate(own[:count]):
+            latents, real = _halfway(one, known[label][number % len(known[label])], model.apart)
             made["interpolated"].append((label, _rendered(model, latents, real)))
         if model.look_up is not None and known[label][0].codes is not None:
             for number in range(count):

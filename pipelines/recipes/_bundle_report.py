@@ -37,7 +37,7 @@ class BundleReportSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     shifted: int = Field(16, ge=1, description="chunks whose latents are shifted, at most")
-    synthesised: int = Field(2, ge=1, description="pairs of each bundle that are interpolated, and draws of codes")
+    synthesised: int = Field(2, ge=1, description="chunks of each bundle that are interpolated, and draws of codes")
     seed: int = Field(42, ge=0, description="of which chunks are taken and of drawn codes")
     source: tuple[str, ...] = Field(
         (), exclude=True, description="the files the shards were made from: decoded ones are written with their headers"
