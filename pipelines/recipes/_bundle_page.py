@@ -89,8 +89,8 @@ def _synthesis(report: Found) -> str:
         for name, one in report["synthesis"].items()
     ]
     text = (
-        "Chunks that nobody measured: halfway between one of this split and one of train, and of codes drawn at each position from the bundle's."
-        " Lengths and bending are told as how far they are from the bundle's, as a share of it."
+        "Chunks that nobody measured: halfway between one of this split and one of train, and of codes drawn from the"
+        " bundle's. Lengths and bending are told as how far they are from the bundle's, as a share of it."
     )
     return charts.section(
         "Synthesis", text, table("New chunks", ["chunks", "count", "BUAN", "length", "bending"], rows)

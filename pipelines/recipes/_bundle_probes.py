@@ -83,10 +83,10 @@ def _votes(train: Sequence[Chunk], test: Sequence[Chunk]) -> npt.NDArray[np.int6
 def synthesis(
     train: Sequence[Chunk], test: Sequence[Chunk], model: BundleModel, count: int, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """New chunks of each bundle: halfway between the latents of a test and of a train chunk, and codes drawn at each position (or,
-    where each streamline has codes of its own, for each streamline) from those of the bundle's train chunks. Judged by
-    BUAN to the nearest train chunk of the bundle, and by how far mean length and bending are from the bundle's (as a
-    share of them). `real` is the same of test chunks themselves."""
+    """New chunks of each bundle: halfway between the latents of a test and of a train chunk, and codes drawn from those
+    of the bundle's train chunks at each position (or, where each streamline has codes of its own, for each streamline).
+    Judged by BUAN to the nearest train chunk of the bundle, and by how far mean length and bending are from the
+    bundle's (as a share of them). `real` is the same of test chunks themselves."""
     known = _by_bundle(train)
     made: dict[str, list[tuple[int, Tensor]]] = {"real": [], "interpolated": [], "drawn": []}
     for label, own in _by_bundle(test).items():
