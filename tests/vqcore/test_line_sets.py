@@ -52,14 +52,25 @@ def test_what_is_no_line_may_hold_anything():
     assert torch.equal(layer(x, real)[real], plain[real])
 
 
-def test_pieces_begin_smooth_and_any_can_be_said():
+def test_lines_begin_smooth_also_where_pieces_meet():
     _, decoder = networks()
-    assert torch.linalg.matrix_rank(decoder.waves) == PIECE
-    torch.testing.assert_close(decoder.waves[0], torch.ones(PIECE).double())
-    made = decoder(torch.randn(2, 7, 1, 4).double(), some()[1])
-    rough = made.diff(dim=2).diff(dim=2).square().mean()
-    # Of points said one by one the ratio is 3.
-    assert rough < made.diff(dim=2).square().mean()
+    made = decoder(torch.randn(2, 7, 3, 4).double(), some()[1])
+    bent, gone = made.diff(dim=2).diff(dim=2).norm(dim=-1), made.diff(dim=2).norm(dim=-1)
+    # Of points said one by one the ratio is above 1.
+    assert bent.mean() < 0.4 * gone.mean()
+    seams = [PIECE * piece - 2 + shift for piece in (1, 2) for shift in range(2)]
+    assert bent[:, :, seams].mean() < 1.5 * bent.mean()
+
+
+def test_pieces_that_all_say_one_place_join_to_it():
+    _, decoder = networks()
+    torch.nn.init.zeros_(decoder.give.weight)
+    with torch.no_grad():
+        decoder.give.bias.copy_(
+            torch.eye(PIECE, dtype=torch.float64)[0].repeat(3) * torch.tensor([1.0, 2, 3]).repeat_interleave(PIECE)
+        )
+    made = decoder(torch.randn(2, 7, 3, 4).double(), some()[1])
+    torch.testing.assert_close(made, torch.tensor([1.0, 2, 3]).double().expand_as(made))
 
 
 def test_the_layer_is_its_equation():

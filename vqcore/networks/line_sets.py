@@ -57,7 +57,7 @@ class SetEncoder(nn.Module):
 
 
 class SetDecoder(nn.Module):
-    """Latents [C, S, p, in_dim] -> lines [C, S, 16 p, 3], each piece a sum of cosines."""
+    """Latents [C, S, p, in_dim] -> lines [C, S, 16 p, 3], of pieces that go over into each other."""
 
     def __init__(self, in_dim: int, width: int, inner: int, layers: int) -> None:
         super().__init__()
@@ -71,18 +71,29 @@ class SetDecoder(nn.Module):
         x = self.take(latents)
         for layer in self.layers:
             x = layer(x, real)
-        strengths = self.give(x).unflatten(3, (3, PIECE))
-        lines: Tensor = (strengths @ self.waves.to(strengths.dtype)).transpose(3, 4).flatten(2, 3)
-        return lines
+        return _joined(self.give(x).unflatten(3, (3, PIECE)) @ self.waves.to(x.dtype))
 
 
 def _waves() -> Float[Tensor, "f i"]:
-    """Of a piece: cosines (DCT-II) that weaken with the square of how fast they are, so that lines begin smooth and
-    what is rough is learned last.
+    """Cosines (DCT-II) over twice a piece that weaken with the square of how fast they are, faded in and out: lines
+    begin smooth, and what is rough is learned last. Said point by point, decoded streamlines trembled."""
+    f, i = torch.arange(PIECE, dtype=torch.float64).unsqueeze(1), torch.arange(2 * PIECE)
+    waves = torch.cos(math.pi * (i + 0.5) * f / (2 * PIECE))
+    return waves / (1 + f) ** 2 * _fade()
 
-    Any piece can still be said. Decoded streamlines bent a sixth as much as those of points said one by one.
-    """
-    f, i = torch.arange(PIECE).unsqueeze(1), torch.arange(PIECE)
-    waves = torch.cos(math.pi * (i + 0.5) * f / PIECE) * math.sqrt(2 / PIECE)
-    waves[0] /= math.sqrt(2)
-    return waves * math.sqrt(PIECE) / (1 + f) ** 2
+
+def _fade() -> Float[Tensor, " i"]:
+    """Over twice a piece; with that of the next piece, half of it later, it adds up to 1."""
+    return (math.pi * (torch.arange(2 * PIECE, dtype=torch.float64) + 0.5) / (2 * PIECE)).sin().square()
+
+
+def _joined(pieces: Float[Tensor, "C S p 3 i"]) -> Float[Tensor, "C S n 3"]:
+    """Pieces that reach half a piece into their neighbours, added up; the ends have one piece and are made up to it."""
+    count, half = pieces.shape[2], PIECE // 2
+    first, second = pieces.transpose(2, 3).split(PIECE, dim=-1)
+    added = F.pad(first.flatten(3), (0, PIECE)) + F.pad(second.flatten(3), (PIECE, 0))
+    line = added[..., half : half + count * PIECE]
+    weight = line.new_ones(count * PIECE)
+    fade = _fade().to(line)
+    weight[:half], weight[-half:] = fade[half:PIECE], fade[PIECE : PIECE + half]
+    return (line / weight).transpose(2, 3)
