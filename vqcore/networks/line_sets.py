@@ -75,11 +75,11 @@ class SetDecoder(nn.Module):
 
 
 def _waves() -> Float[Tensor, "f i"]:
-    """Cosines (DCT-II) over twice a piece that weaken with the square of how fast they are, faded in and out: lines
-    begin smooth, and what is rough is learned last. Said point by point, decoded streamlines trembled."""
+    """Cosines (DCT-II) over twice a piece, each weaker the faster it is, faded in and out: lines begin smooth, and what
+    is rough is learned last. Said point by point, decoded streamlines trembled."""
     f, i = torch.arange(PIECE, dtype=torch.float64).unsqueeze(1), torch.arange(2 * PIECE)
     waves = torch.cos(math.pi * (i + 0.5) * f / (2 * PIECE))
-    return waves / (1 + f) ** 2 * _fade()
+    return waves / (1 + f) * _fade()
 
 
 def _fade() -> Float[Tensor, " i"]:
