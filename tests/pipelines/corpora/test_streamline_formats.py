@@ -296,7 +296,7 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
     "climbs": (lambda: zipped("../../AF.trk", as_trk(lines())), "its path climbs out of the archive"),
     "absolute": (lambda: zipped("/AF.trk", as_trk(lines())), "its path climbs out of the archive"),
     "backslash": (lambda: zipped("..\\AF.trk", as_trk(lines())), "its path climbs out of the archive"),
-    "bomb": (lambda: zipped("AF.trk", as_trk(lines()) + bytes(20 << 20)), "a decompression bomb"),
+    "bomb": (lambda: zipped("AF.trk", as_trk(lines()) + bytes(20 << 20)), "as bombs do: pack it uncompressed"),
     "empty": (lambda: zipped("AF.trk", b""), "the file is empty"),
     "encrypted": (lambda: with_entry(zipped("AF.trk", as_trk(lines())), 8, b"\1\0"), "it is encrypted"),
     "cut": (lambda: zipped("AF.trk", as_trk(lines()))[:-40], "the archive is cut off or damaged"),
@@ -330,8 +330,8 @@ FILES: dict[str, tuple[bytes, str]] = {
     "rank_1.trk": (changed(TRK, 440, (np.ones((4, 4)) + np.diag([0, 0, 0, 1])).astype("<f4").tobytes()), "singular"),
     "nan_affine.trk": (changed(TRK, 440, np.full((4, 4), np.nan, "<f4").tobytes()), "singular"),
     "no_voxels.trk": (changed(TRK, 12, bytes(12)), "voxel_size is 0 or not finite: three sizes in mm are needed"),
-    "scalars.trk": (changed(TRK, 36, b"\xff\xff"), "the header holds negative counts"),
-    "negative.trk": (changed(TRK, 988, b"\xff\xff\xff\xff"), "the header holds negative counts"),
+    "scalars.trk": (changed(TRK, 36, b"\xff\xff"), "the header says -1 scalars"),
+    "negative.trk": (changed(TRK, 988, b"\xff\xff\xff\xff"), "-1 streamlines: none may be negative"),
     "no_end.tck": (b"mrtrix tracks\ndatatype: Float32LE\n", "the file is cut off inside its header"),
     "double.tck": (as_tck(lines()).replace(b"Float32LE", b"Float64LE"), "its numbers are not float32"),
     "binary.tck": (b"mrtrix tracks\n" + bytes(range(256)) * 8, "the file is cut off inside its header"),
@@ -404,7 +404,7 @@ def test_a_streamline_of_more_points_than_any_has_ends_what_can_be_read(tmp_path
     (tmp_path / "b.tck").write_bytes(as_tck(points))
     found = found_in(tmp_path)
     check(found[:3] + found[6:9], lines(3) + lines(3))
-    assert reasons(found) == ["damaged: a streamline of more than 50 points; copy or write the file again"] * 4
+    assert reasons(found) == ["damaged: a streamline of more than 1,000,000 points; copy or write the file again"] * 4
 
 
 @pytest.mark.usefixtures("small_blocks")
